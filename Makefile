@@ -1,0 +1,31 @@
+# Two commands: `make demo` and `make test`. Both make .venv and install into it first; pip shows its progress.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip install --disable-pip-version-check --constraint constraints.txt
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
+
+.PHONY: demo test test-full clean
+
+demo: $(VENV)/.installed
+	$(PYTHON) tools/demo.py
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(PYTHON) -m pytest -m "not full and not gpu"
+
+test-full: $(VENV)/.installed-dev
+	$(PYTHON) -m pytest -m "not gpu"
+
+$(VENV)/.installed: $(SOURCES)
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PIP) torch setuptools ninja numpy
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build specedge/_C* *.egg-info

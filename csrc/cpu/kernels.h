@@ -1,0 +1,52 @@
+// The CPU kernels as the bindings see them: raw pointers and sizes, no torch, so that each file compiles in seconds.
+//
+// Shapes are those of specedge/kernels/reference.py and have been checked by bindings.cpp. `scalar` asks for the twin (vec.h).
+// Invariant: the bits of a row depend on that row alone: not on the other rows, where its keys lie, or the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "vec.h"
+
+namespace specedge {
+
+// Run f(0) .. f(tasks - 1) on torch's threads, or on this one alone if `work` (about: nanoseconds) would not pay for waking others.
+void for_each(int64_t tasks, double work, const std::function<void(int64_t)>& f);
+
+template <class T>
+void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t width, float eps, bool scalar);
+
+template <class T>
+void silu_mul(const T* x, T* out, int64_t rows, int64_t width, bool scalar);  // width = F
+
+template <class T>
+struct Rope {
+  const T* qkv;
+  const float *cos, *sin;
+  const int32_t *positions, *slots;
+  T *q, *k, *v;  // k, v: the two halves of rows_kv
+  int64_t rows, heads, kv_heads, dim;
+};
+template <class T>
+void rope_write(const Rope<T>& a, bool scalar);
+
+template <class T>
+struct Attention {
+  const T *q, *rows_k, *rows_v, *pages_k, *pages_v;
+  const int32_t *segments, *page_table, *q_pos, *k_pos;
+  const uint64_t* anc;
+  T* out;
+  int64_t segment_count, heads, kv_heads, dim, page_size, table_width, anc_words;
+  float scale;
+  int64_t window;
+};
+template <class T>
+void attention(const Attention<T>& a, bool scalar);
+
+void gumbel(uint64_t seed, uint32_t position, float* out, int64_t vocab);
+
+void sample(const float* logits, const float* noise, const int32_t* noise_row, const float* inv_temperature, int64_t* out, int64_t rows,
+            int64_t vocab, int64_t limit, bool scalar);
+
+}  // namespace specedge

@@ -1,0 +1,89 @@
+// rms_norm, silu_mul, rope_write: one row after the other, each on its own. Knows nothing of sequences.
+//
+// Invariant: float32 inside, one rounding at the end; sums run in one fixed order. rope_write multiplies and subtracts without fma, which
+// makes it equal to the reference bit for bit.
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace specedge {
+namespace {
+
+template <class V, class T>
+void norm_row(const T* x, const T* weight, T* out, int64_t width, float eps) {
+  V squares = V::set(0);
+  int64_t i = 0;
+  for (; i + LANES <= width; i += LANES) {
+    const V a = V::load(x + i);
+    squares = fma(a, a, squares);
+  }
+  const int tail = int(width - i);
+  if (tail) {
+    const V a = V::load(x + i, tail);
+    squares = fma(a, a, squares);
+  }
+  const V r = V::set(1.0f / std::sqrt(sum(squares) / float(width) + eps));
+  for (i = 0; i + LANES <= width; i += LANES) (V::load(x + i) * r * V::load(weight + i)).store(out + i);
+  if (tail) (V::load(x + i, tail) * r * V::load(weight + i, tail)).store(out + i, tail);
+}
+
+template <class V, class T>
+void silu_row(const T* gate, const T* up, T* out, int64_t width) {
+  const V one = V::set(1), zero = V::set(0);
+  const auto f = [&](V g, V u) { return g / (one + exp(zero - g)) * u; };
+  int64_t i = 0;
+  for (; i + LANES <= width; i += LANES) f(V::load(gate + i), V::load(up + i)).store(out + i);
+  const int tail = int(width - i);
+  if (tail) f(V::load(gate + i, tail), V::load(up + i, tail)).store(out + i, tail);
+}
+
+template <class V, class T>
+void rotate(const T* in, T* out, const float* cos, const float* sin, int64_t half) {
+  for (int64_t i = 0; i < half; i += LANES) {
+    const int n = int(std::min<int64_t>(LANES, half - i));
+    const V a = V::load(in + i, n), b = V::load(in + half + i, n), c = V::load(cos + i, n), s = V::load(sin + i, n);
+    (a * c - b * s).store(out + i, n);
+    (b * c + a * s).store(out + half + i, n);
+  }
+}
+
+template <class V, class T>
+void rope_row(const Rope<T>& a, int64_t row) {
+  const int64_t half = a.dim / 2, position = a.positions[row], slot = a.slots[row] * a.kv_heads * a.dim;
+  const T* in = a.qkv + row * (a.heads + 2 * a.kv_heads) * a.dim;
+  const float *cos = a.cos + position * half, *sin = a.sin + position * half;
+  for (int64_t h = 0; h < a.heads; h++) rotate<V>(in + h * a.dim, a.q + (row * a.heads + h) * a.dim, cos, sin, half);
+  in += a.heads * a.dim;
+  for (int64_t h = 0; h < a.kv_heads; h++) rotate<V>(in + h * a.dim, a.k + slot + h * a.dim, cos, sin, half);
+  in += a.kv_heads * a.dim;
+  std::copy_n(in, a.kv_heads * a.dim, a.v + slot);
+}
+
+}  // namespace
+
+template <class T>
+void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t width, float eps, bool scalar) {
+  const auto row = scalar ? norm_row<Scalar, T> : norm_row<Native, T>;
+  for_each(rows, double(rows) * double(width) / 4, [=](int64_t r) { row(x + r * width, weight, out + r * width, width, eps); });
+}
+
+template <class T>
+void silu_mul(const T* x, T* out, int64_t rows, int64_t width, bool scalar) {
+  const auto row = scalar ? silu_row<Scalar, T> : silu_row<Native, T>;
+  for_each(rows, double(rows) * double(width), [=](int64_t r) { row(x + 2 * r * width, x + (2 * r + 1) * width, out + r * width, width); });
+}
+
+// One thread: rows may share a slot only by mistake, but then the last one wins here as in the reference.
+template <class T>
+void rope_write(const Rope<T>& a, bool scalar) {
+  for (int64_t r = 0; r < a.rows; r++) scalar ? rope_row<Scalar>(a, r) : rope_row<Native>(a, r);
+}
+
+template void rms_norm(const float*, const float*, float*, int64_t, int64_t, float, bool);
+template void rms_norm(const bf16*, const bf16*, bf16*, int64_t, int64_t, float, bool);
+template void silu_mul(const float*, float*, int64_t, int64_t, bool);
+template void silu_mul(const bf16*, bf16*, int64_t, int64_t, bool);
+template void rope_write(const Rope<float>&, bool);
+template void rope_write(const Rope<bf16>&, bool);
+
+}  // namespace specedge

@@ -1,0 +1,131 @@
+"""Every setting of the package: frozen dataclasses, checked once, when they are made.
+
+A value out of range is a ValueError that names the field, the value and the range. Knows nothing of torch, files or sockets.
+"""
+
+import math
+import secrets
+from dataclasses import dataclass, field, replace
+
+from specedge.tree import MAX_NODES
+
+GREEDY_BELOW = 1e-5  # a temperature below this means argmax: 1/T would push logits out of float32's useful range
+MAX_ROWS_PER_TREE = MAX_NODES + 1
+
+
+class SpecedgeError(Exception):
+    """A failure that its reader can act on: the message is one sentence that names the thing and the remedy."""
+
+
+def _require(ok: bool, name: str, value: object, want: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {value!r}, but must be {want}")
+
+
+def _require_int(name: str, value: object, low: int, high: int) -> None:
+    _require(isinstance(value, int) and low <= value <= high, name, value, f"an integer between {low} and {high}")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the text of one sequence is drawn. `seed` None: drawn at random once, and reported (`with_seed`)."""
+
+    temperature: float = 0.0
+    max_tokens: int = 128
+    seed: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        t = self.temperature
+        _require(isinstance(t, (int, float)) and math.isfinite(t) and 0 <= t <= 2, "temperature", t, "between 0 and 2")
+        _require(isinstance(self.max_tokens, int) and 1 <= self.max_tokens < 2**31, "max_tokens", self.max_tokens, "an integer of at least 1")
+        _require(self.seed is None or (isinstance(self.seed, int) and 0 <= self.seed < 2**64), "seed", self.seed, "an integer in 0 .. 2^64-1")
+        _require(all(isinstance(i, int) and 0 <= i < 2**32 for i in self.stop_ids), "stop_ids", self.stop_ids, "token ids")
+        _require(len(self.stop_ids) <= 64, "stop_ids", self.stop_ids, "at most 64 ids")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    def with_seed(self) -> "SamplingParams":
+        """The same with a seed: its own, or a fresh one."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shape of a decoder, as read from a Hugging Face config.json (`engine.weights.read_config`)."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    norm_eps: float
+    rope_theta: float
+    max_positions: int
+    tied: bool
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_positions"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and 0 < value < 2**31, name, value, "a positive integer")
+        _require(self.heads % self.kv_heads == 0, "kv_heads", self.kv_heads, f"a divisor of the {self.heads} heads")
+        _require(self.head_dim % 8 == 0 and self.head_dim <= 256, "head_dim", self.head_dim, "a multiple of 8 up to 256")
+        _require(0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "positive and finite")
+        _require(0 < self.rope_theta < math.inf, "rope_theta", self.rope_theta, "positive and finite")
+        _require(all(isinstance(i, int) and 0 <= i < 2**32 for i in self.eos_ids), "eos_ids", self.eos_ids, "token ids")
+        _require(len(self.eos_ids) <= 64, "eos_ids", self.eos_ids, "at most 64 ids")
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of keys and values that one token holds over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes of an engine. `kv_tokens`: tokens whose K/V fit its pages; `max_rows`: rows of one step."""
+
+    kv_tokens: int = 16384
+    page_size: int = 64
+    max_rows: int = 512
+    max_sequences: int = 256
+
+    def __post_init__(self) -> None:
+        _require(self.page_size in (16, 32, 64, 128), "page_size", self.page_size, "16, 32, 64 or 128")
+        enough = isinstance(self.kv_tokens, int) and self.kv_tokens >= self.page_size
+        _require(enough, "kv_tokens", self.kv_tokens, f"an integer of at least one page of {self.page_size}")
+        _require_int("max_rows", self.max_rows, 2, 65536)
+        _require_int("max_sequences", self.max_sequences, 1, 65536)
+
+    @property
+    def pages(self) -> int:
+        return self.kv_tokens // self.page_size
+
+
+@dataclass(frozen=True, slots=True)
+class DraftConfig:
+    """How trees are grown: `tree_size` nodes a submitted tree, `width` rows a draft forward, `branch` children kept of a row."""
+
+    tree_size: int = 31
+    width: int = 8
+    branch: int = 8
+    depth: int = 8  # draft forwards before a tree must be submitted
+    min_gain: float = 0.1  # expected tokens that the last forward must have added for another one to start
+    tau: float = 1.0  # how far the draft's probabilities are trusted beside the shared noise
+    proactive: bool = True  # keep growing while the verdict is in flight
+    max_sessions: int = 8
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(max_rows=256))
+
+    def __post_init__(self) -> None:
+        _require_int("tree_size", self.tree_size, 0, MAX_NODES)
+        _require_int("width", self.width, 1, MAX_NODES)
+        _require_int("branch", self.branch, 1, MAX_NODES)
+        _require_int("depth", self.depth, 1, MAX_NODES)
+        _require(0 <= self.min_gain < math.inf, "min_gain", self.min_gain, "zero or more, and finite")
+        _require(0 < self.tau < math.inf, "tau", self.tau, "positive and finite")
+        _require_int("max_sessions", self.max_sessions, 1, 256)

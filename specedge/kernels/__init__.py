@@ -1,0 +1,146 @@
+"""The ops of the engine, each in its fastest form for the device of its arguments; `reference.py` is their specification.
+
+Chosen once, at import, by what was built: C++ for CPU tensors if a library for this processor loads, plain torch otherwise. Knows
+nothing of models or sequences. Invariant: whatever runs, the result is the reference's, up to rounding (gumbel, sample, commit and
+rope_write: exactly); with the C++ ops a row's bits do not depend on what it is batched with.
+"""
+
+import sysconfig
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specedge.kernels import reference
+
+__all__ = ["attention", "backend", "commit", "gumbel", "rms_norm", "rope_write", "sample", "silu_mul"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """One implementation of every op."""
+
+    name: str
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    silu_mul: Callable[[Tensor], Tensor]
+    rope_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
+    commit: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    gumbel: Callable[[int, int, int, torch.device], Tensor]
+    sample: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+_TORCH = Ops(
+    "torch",
+    reference.rms_norm,
+    reference.silu_mul,
+    reference.rope_write,
+    reference.attention,
+    reference.commit,
+    reference.gumbel,
+    reference.sample,
+)
+
+
+def _cpp(folder: Path) -> Ops:
+    """The C++ ops of the best library in `folder` that this processor can run, or the torch ops; says why if one is there in vain."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    built = [isa for isa in ("avx512", "avx2", "scalar") if (folder / f"_C_{isa}{suffix}").exists()]
+    if not built:
+        return _TORCH
+    capability = torch.backends.cpu.get_cpu_capability()
+    runs = {"AVX512": ("avx512", "avx2", "scalar"), "AVX2": ("avx2", "scalar")}.get(capability, ("scalar",))
+    isa = next((isa for isa in built if isa in runs), built[0])
+    path = folder / f"_C_{isa}{suffix}"
+    try:
+        if isa not in runs:
+            raise OSError(f"this processor offers {capability}")
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        warnings.warn(f"{path} does not load here ({reason}); rebuild it: python setup.py build_ext --inplace", stacklevel=2)
+        return _TORCH
+    cpp: Any = torch.ops.specedge
+    return Ops(
+        f"cpp {isa}",
+        cpp.rms_norm.default,
+        cpp.silu_mul.default,
+        cpp.rope_write.default,
+        cpp.attention.default,
+        reference.commit,  # a copy: torch does it at the speed of memory
+        lambda seed, position, vocab, _: cpp.gumbel.default((seed + 2**63) % 2**64 - 2**63, position, vocab),  # same bits, signed
+        cpp.sample.default,
+    )
+
+
+_TABLE = {"cpu": _cpp(Path(__file__).parents[1])}  # device type -> ops; a device that is not here has the torch ops
+
+
+def _ops(x: Tensor) -> Ops:
+    return _TABLE.get(x.device.type, _TORCH)
+
+
+def backend(device: torch.device | str = "cpu") -> str:
+    """What runs the ops on `device`: "cpp avx512", "cpp avx2", "cpp scalar" or "torch"."""
+    return _TABLE.get(torch.device(device).type, _TORCH).name
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x [R, H]`, `weight [H]` -> `x / sqrt(mean(x^2) + eps) * weight [R, H]`; both have one dtype."""
+    return _ops(x).rms_norm(x, weight, eps)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """`x [R, 2F]`, gate then up -> `silu(gate) * up [R, F]`."""
+    return _ops(x).silu_mul(x)
+
+
+def rope_write(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, rows_kv: Tensor, heads: int) -> Tensor:
+    """Rotate the queries and keys of `qkv [R, (Hq + 2 Hkv) D]`, write keys and values to `slots [R]` of `rows_kv [2, rows, Hkv, D]`.
+
+    Returns the queries `[R, Hq, D]`. `cos, sin [max_position, D/2]` float32; `positions [R]`, `slots [R]` int32. All contiguous.
+    """
+    return _ops(qkv).rope_write(qkv, cos, sin, positions, slots, rows_kv, heads)
+
+
+def attention(
+    q: Tensor,
+    rows_kv: Tensor,
+    pages_kv: Tensor,
+    segments: Tensor,
+    page_table: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    anc: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Attention of `q [R, Hq, D]` over pages `[2, P, Hkv, S, D]` and rows `[2, rows, Hkv, D]` -> `[R, Hq, D]`; all contiguous.
+
+    `segments [B, 6]` int32 (q0, nq, k0, nk, prefix, causal), `page_table [B, M]` int32, `q_pos [R]`, `k_pos [rows]` int32,
+    `anc [R, W]` int64 words of 64 keys. The whole contract is in `reference.attention`.
+    """
+    return _ops(q).attention(q, rows_kv, pages_kv, segments, page_table, q_pos, k_pos, anc, scale, window)
+
+
+def commit(rows_kv: Tensor, pages_kv: Tensor, rows: Tensor, pages: Tensor, offsets: Tensor) -> None:
+    """Copy `rows [n]` of `rows_kv [L, 2, rows, Hkv, D]` to (`pages [n]`, `offsets [n]`) of `pages_kv [L, 2, P, Hkv, S, D]`; int64."""
+    _ops(rows_kv).commit(rows_kv, pages_kv, rows, pages, offsets)
+
+
+def gumbel(seed: int, position: int, vocab: int, device: torch.device | str = "cpu") -> Tensor:
+    """The noise `[V]` float32 of the token at index `position`, a function of the unsigned 64-bit `seed` and of `position` alone."""
+    where = torch.device(device)
+    return _TABLE.get(where.type, _TORCH).gumbel(seed, position, vocab, where)
+
+
+def sample(logits: Tensor, noise: Tensor, noise_row: Tensor, inv_temperature: Tensor, limit: int) -> Tensor:
+    """`[n]` int64: argmax over v < limit of `logits [n, V]` * `inv_temperature [n]` + `noise [m, V]`; the smaller id wins a tie.
+
+    `noise_row [n]` int32 names the row of `noise`, or is -1 for a greedy row: its logits are taken as they are.
+    """
+    return _ops(logits).sample(logits, noise, noise_row, inv_temperature, limit)

@@ -1,0 +1,136 @@
+"""The specification: every op of the engine in plain torch, on any device.
+
+An op without a function here does not exist; tests import these and never a copy of them. Clarity comes before speed, yet this is
+also the path of a machine without a compiler, so nothing is quadratic that need not be. Knows nothing of sequences, requests or
+schedules. Invariant: arithmetic is float32 (noise: float64), results are rounded once to the dtype of the input.
+
+Letters: R rows, B segments, Hq/Hkv query/KV heads, G = Hq/Hkv, D head dim, S page size, P pages, L layers, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASK32 = 0xFFFFFFFF
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x [R, H]`, `weight [H]` -> `x / sqrt(mean(x^2) + eps) * weight [R, H]`."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return (y * weight.float()).to(x.dtype)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """`x [R, 2F]`, gate then up -> `silu(gate) * up [R, F]`."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(x.dtype)
+
+
+def rope_write(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, rows_kv: Tensor, heads: int) -> Tensor:
+    """Rotate queries and keys, store keys and values, return the queries `[R, Hq, D]`.
+
+    `qkv [R, (Hq + 2 Hkv) D]`: a row is all query heads, all key heads, all value heads. `cos, sin [max_position, D/2]` float32.
+    `positions [R]` int32: absolute. `slots [R]` int32: where a row's K/V goes in `rows_kv [2, rows, Hkv, D]` (written in place).
+    Rotation is the half-split form of Llama: pairs are (i, i + D/2).
+    """
+    dim = rows_kv.shape[-1]
+    qkv = qkv.view(qkv.shape[0], -1, dim)
+    kv_heads = rows_kv.shape[2]
+    c, s = cos[positions.long()][:, None], sin[positions.long()][:, None]
+    turned, v = qkv[:, : heads + kv_heads].float(), qkv[:, heads + kv_heads :]
+    a, b = turned.chunk(2, dim=-1)
+    turned = torch.cat((a * c - b * s, b * c + a * s), dim=-1).to(qkv.dtype)
+    rows_kv[0, slots.long()] = turned[:, heads:]
+    rows_kv[1, slots.long()] = v
+    return turned[:, :heads].contiguous()
+
+
+def attention(
+    q: Tensor,
+    rows_kv: Tensor,
+    pages_kv: Tensor,
+    segments: Tensor,
+    page_table: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    anc: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Attention of rows over their sequence's pages and over rows of the row buffer; returns `o [R, Hq, D]`.
+
+    `q [R, Hq, D]`; `rows_kv [2, rows, Hkv, D]` (keys, values); `pages_kv [2, P, Hkv, S, D]`.
+    `segments [B, 6]` int32: q0, nq, k0, nk, prefix, causal. Queries are rows q0 .. q0+nq. Their keys are (1) tokens 0 .. prefix-1 of the
+    sequence, token t on page `page_table[b, t // S]` (int32 `[B, M]`) at t % S; (2) rows k0 .. k0+nk of the row buffer:
+    with causal = 1 query i sees the first nk - nq + i + 1 of them, otherwise key j counts if bit j % 64 of word
+    `anc[q0 + i, j // 64]` is set (`anc [R, W]` int64, read as unsigned words). Every query sees at least one key.
+    `q_pos [R]`, `k_pos [rows]` int32: absolute positions. window > 0: a key counts only if q_pos - k_pos < window.
+    Rows that belong to no segment are left zero.
+    """
+    group = q.shape[1] // rows_kv.shape[2]
+    size = pages_kv.shape[3]
+    out = torch.zeros_like(q)
+    for b, (q0, nq, k0, nk, prefix, causal) in enumerate(segments.tolist()):
+        pages = page_table[b, : (prefix + size - 1) // size].long()
+        old = pages_kv[:, pages].transpose(2, 3).flatten(1, 2)[:, :prefix]  # [2, prefix, Hkv, D]
+        k, v = torch.cat((old, rows_kv[:, k0 : k0 + nk]), dim=1).float().repeat_interleave(group, dim=2)  # [keys, Hq, D]
+        j = torch.arange(nk, device=q.device)
+        if causal:  # noqa: SIM108 (two lines read better than one of 150)
+            seen = j[None, :] <= torch.arange(nk - nq, nk, device=q.device)[:, None]
+        else:
+            seen = (anc[q0 : q0 + nq][:, j // 64] >> (j % 64)) & 1 == 1
+        seen = torch.cat((seen.new_ones(nq, prefix), seen), dim=1)
+        if window > 0:
+            key_pos = torch.cat((torch.arange(prefix, device=q.device), k_pos[k0 : k0 + nk].long()))
+            seen &= q_pos[q0 : q0 + nq].long()[:, None] - key_pos[None, :] < window
+        scores = torch.einsum("qhd,khd->hqk", q[q0 : q0 + nq].float() * scale, k)
+        p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        out[q0 : q0 + nq] = torch.einsum("hqk,khd->qhd", p, v).to(q.dtype)
+    return out
+
+
+def commit(rows_kv: Tensor, pages_kv: Tensor, rows: Tensor, pages: Tensor, offsets: Tensor) -> None:
+    """Copy the K/V of `rows [n]` of all layers to (`pages [n]`, `offsets [n]`), int64 each, in place.
+
+    `rows_kv [L, 2, rows, Hkv, D]`, `pages_kv [L, 2, P, Hkv, S, D]`.
+    """
+    pages_kv[:, :, pages, :, offsets] = rows_kv[:, :, rows].permute(2, 0, 1, 3, 4)
+
+
+def philox(seed: int, counter: Tensor, position: int) -> Tensor:
+    """Philox4x32-10 (Salmon et al., SC 2011): `counter [n]` int64 -> words `[n, 4]` int64 in 0 .. 2^32-1.
+
+    Key is the 64-bit seed (low word first), counter is (counter, position, 0, 0).
+    """
+    k0, k1 = seed & MASK32, seed >> 32 & MASK32
+    x0, x1 = counter, torch.full_like(counter, position)
+    x2, x3 = torch.zeros_like(counter), torch.zeros_like(counter)
+    for _ in range(10):
+        p0, p1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57  # wraps modulo 2^64, of which both halves are used
+        x0, x1, x2, x3 = (p1 >> 32 & MASK32) ^ x1 ^ k0, p1 & MASK32, (p0 >> 32 & MASK32) ^ x3 ^ k1, p0 & MASK32
+        k0, k1 = k0 + 0x9E3779B9 & MASK32, k1 + 0xBB67AE85 & MASK32
+    return torch.stack((x0, x1, x2, x3), dim=1)
+
+
+def gumbel(seed: int, position: int, vocab: int, device: torch.device | str = "cpu") -> Tensor:
+    """The noise g(seed, position, v) of every token v, `[V]` float32; `position` is the index of the token being sampled.
+
+    Word w of token v is output v & 3 of counter v >> 2; e = min((w + 0.5) 2^-32, 1 - 2^-24); g = -ln(-log1p(-e)) in float64,
+    rounded once. (In float32 g would be +inf for 128 words and differ between libraries in up to a third of its values.)
+    """
+    words = philox(seed, torch.arange((vocab + 3) // 4, device=device), position).flatten()[:vocab]
+    e = ((words.double() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return (-torch.log(-torch.log1p(-e))).float()
+
+
+def sample(logits: Tensor, noise: Tensor, noise_row: Tensor, inv_temperature: Tensor, limit: int) -> Tensor:
+    """The token of every row `[n]` int64: argmax over v < limit of logits * inv_temperature + noise; the smaller id wins a tie.
+
+    `logits [n, V]` float32; `noise [m, V]` float32; `noise_row [n]` int32: the row of `noise` to add, or -1 for a greedy row,
+    whose logits are neither scaled nor disturbed; `inv_temperature [n]` float32, already rounded from float64.
+    """
+    greedy = (noise_row < 0)[:, None]
+    z = logits[:, :limit]
+    disturbed = z * inv_temperature[:, None] + noise[noise_row.clamp(min=0).long(), :limit]
+    return torch.where(greedy, z, disturbed).argmax(-1)

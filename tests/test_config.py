@@ -1,0 +1,133 @@
+"""Every field of every configuration: what is accepted at its bounds, what is refused beyond them, and how the refusal reads.
+
+TABLE must name every field, so that a new one cannot come without its bounds.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from specedge.config import GREEDY_BELOW, MAX_ROWS_PER_TREE, DraftConfig, EngineConfig, ModelConfig, SamplingParams
+
+MODEL: dict[str, Any] = dict(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=1000, norm_eps=1e-6, rope_theta=1e4, max_positions=512, tied=True)  # fmt: skip # noqa: E501
+BASE: dict[type, dict[str, Any]] = {SamplingParams: {}, ModelConfig: MODEL, EngineConfig: {}, DraftConfig: {}}
+NAN, INF = math.nan, math.inf
+POSITIVE = ([1, 2**31 - 1], [0, -1, 2**31, 1.5, "8", None])
+
+# class, field: (accepted, refused); an empty second list: any value of the type will do
+TABLE: dict[tuple[type, str], tuple[list[Any], list[Any]]] = {
+    (SamplingParams, "temperature"): ([0, 0.0, 1e-9, 1, 2, 2.0], [-1e-9, 2.0000001, -1, 3, NAN, INF, -INF, "1", None]),
+    (SamplingParams, "max_tokens"): ([1, 2**31 - 1], [0, -1, 2**31, 1.0, "1", None]),
+    (SamplingParams, "seed"): ([None, 0, 2**64 - 1], [-1, 2**64, 1.0, "1"]),
+    (SamplingParams, "stop_ids"): (
+        [(), (0,), (2**32 - 1,), tuple(range(64))],
+        [(-1,), (2**32,), (1.0,), ("1",), (None,), tuple(range(65))],
+    ),
+    (SamplingParams, "ignore_eos"): ([True, False], []),
+    (ModelConfig, "hidden"): POSITIVE,
+    (ModelConfig, "layers"): POSITIVE,
+    (ModelConfig, "heads"): ([2, 64], POSITIVE[1]),
+    (ModelConfig, "kv_heads"): ([1, 2, 4], [*POSITIVE[1], 3, 8]),
+    (ModelConfig, "head_dim"): ([8, 16, 128, 256], [*POSITIVE[1], 12, 257, 264]),
+    (ModelConfig, "ffn"): POSITIVE,
+    (ModelConfig, "vocab"): POSITIVE,
+    (ModelConfig, "norm_eps"): ([1e-12, 1e-5], [0, -1e-6, NAN, INF]),
+    (ModelConfig, "rope_theta"): ([1e4, 5e6], [0, -1.0, NAN, INF]),
+    (ModelConfig, "max_positions"): POSITIVE,
+    (ModelConfig, "tied"): ([True, False], []),
+    (ModelConfig, "eos_ids"): ([(), (0,), (1, 2), (7,) * 64], [(-1,), (2**32,), (1.0,), (None,), (7,) * 65]),
+    (EngineConfig, "kv_tokens"): ([64, 65, 2**31 - 1], [0, -1, 63, 100.5, NAN, INF]),
+    (EngineConfig, "page_size"): ([16, 32, 64, 128], [0, -64, 1, 48, 256, 63.5, "64", None]),
+    (EngineConfig, "max_rows"): ([2, 65536], [0, 1, -1, 65537, 2.5, NAN]),
+    (EngineConfig, "max_sequences"): ([1, 65536], [0, -1, 65537, 2.5, NAN]),
+    (DraftConfig, "tree_size"): ([0, 1, 255], [-1, 256, 7.5, NAN]),
+    (DraftConfig, "width"): ([1, 255], [0, -1, 256, 7.5, NAN]),
+    (DraftConfig, "branch"): ([1, 255], [0, -1, 256, 7.5, NAN]),
+    (DraftConfig, "depth"): ([1, 255], [0, -1, 1.5, NAN, INF]),
+    (DraftConfig, "min_gain"): ([0.0, 0.5, 3], [-0.1, NAN, INF]),
+    (DraftConfig, "tau"): ([1e-3, 1.0, 5], [0, -1.0, NAN, INF]),
+    (DraftConfig, "proactive"): ([True, False], []),
+    (DraftConfig, "max_sessions"): ([1, 256], [0, -1, 257, 1.5, NAN]),
+    (DraftConfig, "engine"): ([EngineConfig()], []),
+}
+GOOD = [(kind, name, value) for (kind, name), (good, _) in TABLE.items() for value in good]
+BAD = [(kind, name, value) for (kind, name), (_, bad) in TABLE.items() for value in bad]
+
+
+def label(value: object) -> str:
+    text = value.__name__ if isinstance(value, type) else repr(value)
+    return text if len(text) < 30 else text[:20] + "..."
+
+
+def make(kind: type, name: str, value: object) -> Any:
+    return kind(**{**BASE[kind], name: value})
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), GOOD, ids=label)
+def test_values_within_bounds_are_kept(kind: type, name: str, value: object) -> None:
+    assert getattr(make(kind, name, value), name) == value
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), BAD, ids=label)
+def test_values_out_of_range_are_refused_by_name(kind: type, name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is .*, but must be .+") as e:
+        make(kind, name, value)
+    assert repr(value) in str(e.value)
+
+
+@pytest.mark.parametrize("kind", BASE, ids=label)
+def test_the_table_names_every_field(kind: type) -> None:
+    assert {f.name for f in dataclasses.fields(kind)} == {name for k, name in TABLE if k is kind}
+
+
+@pytest.mark.parametrize("kind", BASE, ids=label)
+def test_frozen_and_closed(kind: type) -> None:
+    made = kind(**BASE[kind])
+    for f in dataclasses.fields(kind):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, f.name, getattr(made, f.name))
+    with pytest.raises((dataclasses.FrozenInstanceError, AttributeError, TypeError)):
+        made.another = 1
+    assert not hasattr(made, "__dict__") and made == kind(**BASE[kind])
+
+
+def test_a_pool_needs_a_page() -> None:
+    assert EngineConfig(kv_tokens=128, page_size=128).pages == 1
+    with pytest.raises(ValueError, match="^kv_tokens is 127, but must be .*128"):
+        EngineConfig(kv_tokens=127, page_size=128)
+    assert EngineConfig(kv_tokens=1000, page_size=16).pages == 62, "a page that is not whole does not count"
+
+
+def test_with_seed_draws_once() -> None:
+    params = SamplingParams(temperature=0.7, max_tokens=9, stop_ids=(3,), ignore_eos=True)
+    first, second = params.with_seed(), params.with_seed()
+    assert params.seed is None, "the original stays as it was"
+    assert first.seed is not None and second.seed is not None and first.seed != second.seed
+    assert 0 <= first.seed < 2**64
+    assert dataclasses.replace(first, seed=None) == params
+    assert first.with_seed() is first
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**64 - 1])
+def test_with_seed_keeps_a_seed(seed: int) -> None:
+    assert SamplingParams(seed=seed).with_seed().seed == seed
+
+
+def test_seeds_use_all_64_bits() -> None:
+    seeds = [SamplingParams().with_seed().seed or 0 for _ in range(64)]
+    assert max(seeds) >= 2**60 and len(set(seeds)) == 64  # by chance with odds below 10^-70
+
+
+def test_greedy_has_a_sharp_limit() -> None:
+    assert SamplingParams().greedy and SamplingParams(temperature=math.nextafter(GREEDY_BELOW, 0)).greedy
+    assert not SamplingParams(temperature=GREEDY_BELOW).greedy and not SamplingParams(temperature=1.0).greedy
+    assert GREEDY_BELOW == 1e-5
+
+
+def test_derived_sizes() -> None:
+    assert ModelConfig(**MODEL).kv_bytes_per_token(2) == 2 * 2 * 2 * 16 * 2
+    assert ModelConfig(**MODEL).kv_bytes_per_token(4) == 512
+    assert MAX_ROWS_PER_TREE == 256
+    assert DraftConfig().engine is not DraftConfig().engine and DraftConfig().engine.max_rows >= MAX_ROWS_PER_TREE
