@@ -1,0 +1,309 @@
+"""Drafter: one tree per session that never stops growing.
+
+A node is a drafted token; it starts as a candidate on its session's heap, and becomes a live row when a draft forward expands it: then its K/V
+stands in the row buffer and its best children join the heap. Submitting names the best nodes so far; while the verdict is in flight the same
+heap goes on growing, so what grows next is the likeliest outcome. A verdict re-roots the tree: on a hit the subtree of the new root stays, K/V
+and all; on a miss only the accepted path does. (Best-first growth: SpecExec, arXiv 2406.02532; the outcome cache is field rule 2.3.)
+
+Knows nothing of sockets, clocks or the target. Invariant: pages hold the K/V of tokens 0 .. computed-1, the row buffer that of the live rows,
+each as recomputation would give it; an unexpanded root has no live rows.
+"""
+
+import heapq
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, SamplingParams
+from specedge.engine.batch import BatchBuilder
+from specedge.engine.pages import PagePool, PageTable
+from specedge.engine.runner import Runner
+from specedge.engine.sampler import Key, NoiseCache
+from specedge.text import Tokenizer
+from specedge.tree import EMPTY, TokenTree, make_tree
+
+UNLIKELY = math.log(1e-3)  # a child below this is not kept: it would be the 1000th guess, and costs as much to sort as the first
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A drafted token. `score`: log of the estimated probability that verification reaches it, relative to some older root."""
+
+    token: int
+    parent: "Node | None"
+    score: float
+    order: int  # of creation: a parent comes before its children
+    depth: int  # below the root of its creation
+    slot: int = -1  # row of the session's region in the row buffer; -1 while unexpanded
+    seen: int = 0  # bit set of the slots of this node and its ancestors, once expanded
+    children: "dict[int, Node]" = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One text on the edge: its tokens, the tree below the last of them, and the region of the row buffer that it owns."""
+
+    tokens: list[int]
+    params: SamplingParams
+    limit: int  # length at which the text ends at the latest
+    stop: frozenset[int]
+    table: PageTable
+    base: int  # first row of its region
+    root: Node
+    computed: int = 0
+    free: list[int] = field(default_factory=lambda: list(range(MAX_ROWS_PER_TREE)))  # a heap: low slots first keep the key range short
+    heap: list[tuple[float, int, Node]] = field(default_factory=list)  # unexpanded nodes, best first
+    nodes: list[Node] = field(default_factory=list)  # all below the root
+    submitted: list[Node] | None = None  # rows 1..N of the tree whose verdict is awaited
+    forwards: int = 0  # that grew the present tree
+    gain: float = math.inf  # tokens that the last of them was worth
+    worth: float = 0.0
+
+    @property
+    def live(self) -> int:
+        """Rows in the row buffer."""
+        return MAX_ROWS_PER_TREE - len(self.free)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the draft's context is used up, so that nothing can be drafted."""
+        return len(self.tokens) >= self.limit
+
+
+class Drafter:
+    """Grows trees for up to `config.max_sessions` sessions with one small model."""
+
+    def __init__(self, runner: Runner, config: DraftConfig, tokenizer: Tokenizer | None = None) -> None:
+        self.runner, self.config, self.tokenizer = runner, config, tokenizer
+        self._vocab = vocab = runner.model.config.vocab
+        self.pool = PagePool(runner.sizes.pages, runner.sizes.page_size)
+        self._limit = min(vocab, tokenizer.size) if tokenizer else vocab
+        self._noise = NoiseCache(vocab, runner.device)
+        self._regions = [i * MAX_ROWS_PER_TREE for i in range(config.max_sessions)][::-1]
+        self._sessions: list[Session] = []
+        self._made = 0  # nodes, for their order
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, config: DraftConfig | None = None, *, device: str | None = None, dtype: str | None = None, progress: bool = False
+    ) -> "Drafter":
+        """Load a draft model from a Hugging Face directory; errors as in Engine.from_pretrained."""
+        config, path = config or DraftConfig(), Path(path)
+        rows = config.max_sessions * MAX_ROWS_PER_TREE
+        return cls(Runner.load(path, config.engine, rows, device, dtype, progress), config, Tokenizer.from_dir(path))
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # sessions
+
+    def open(self, tokens: list[int], params: SamplingParams, limit: int, stop: frozenset[int] = frozenset()) -> Session | None:
+        """A session on `tokens`, whose text ends before `limit` tokens or at an id of `stop`. None: no room, go on without drafts."""
+        limit = min(limit, self.runner.context)
+        if not self._regions or len(tokens) >= limit or max(tokens) >= self._vocab:
+            return None
+        table = self.pool.open(limit)
+        if table is None:
+            return None
+        session = Session(list(tokens), params.with_seed(), limit, stop, table, self._regions.pop(), self._node(tokens[-1], None, 0.0))
+        self._sessions.append(session)
+        return session
+
+    def close(self, session: Session) -> None:
+        """Forget a session and free what it holds."""
+        self._sessions.remove(session)
+        self._regions.append(session.base)
+        session.table.close()
+
+    def ready(self, session: Session) -> bool:
+        """Whether another forward before the next submit would not pay: a fixed number of forwards, or little gain in the last one."""
+        if session.exhausted or self.config.tree_size == 0:
+            return True
+        if session.root.slot < 0:
+            return False
+        return session.forwards >= self.config.depth or session.gain < self.config.min_gain or not self._growable(session)
+
+    def submit(self, session: Session, nodes: int) -> TokenTree:
+        """The best `nodes` nodes, in falling score order; the session then awaits `verdict`."""
+        best = self._best(session, nodes)
+        row = {id(n): i for i, n in enumerate(best, 1)} | {id(session.root): 0}
+        session.submitted = best
+        return make_tree([n.token for n in best], [row[id(n.parent)] for n in best]) if best else EMPTY
+
+    def verdict(self, session: Session, row: int, tokens: list[int]) -> bool:
+        """The target accepted the path to `row` of the submitted tree, and `tokens` follow. True: the new root had been drafted (a hit)."""
+        path: list[Node] = []
+        node = session.submitted[row - 1] if row and session.submitted else session.root
+        while node is not session.root:
+            path.append(node)
+            assert node.parent is not None
+            node = node.parent
+        text = [n.token for n in reversed(path)] + tokens
+        walked = [session.root]
+        for token in text:
+            child = walked[-1].children.get(token)
+            if child is None:
+                break
+            walked.append(child)
+        hit = len(walked) == len(text) + 1
+        new = walked.pop() if hit else None
+        self._commit(session, walked)
+        session.tokens += text
+        session.submitted = None
+        if max(tokens) >= self._vocab:
+            session.limit = 0  # a token that this model does not know: nothing can follow it
+        self._root(session, new or self._node(text[-1], None, 0.0), walked)
+        if not hit:
+            session.forwards, session.gain = 0, math.inf
+        return hit
+
+    def _commit(self, session: Session, path: list[Node]) -> None:
+        """Bring the K/V of the leading expanded nodes of `path`, which begins at the root, to pages."""
+        rows = [session.base + n.slot for n in path if n.slot >= 0]  # below an unexpanded node there is no expanded one
+        if rows:
+            session.table.grow(session.computed + len(rows))
+            self.runner.commit(rows, *session.table.locate(session.computed, session.computed + len(rows)))
+            session.computed += len(rows)
+
+    def _root(self, session: Session, root: Node, path: list[Node]) -> None:
+        """Make `root` the root: keep its subtree, free all other slots."""
+        gone = sum(1 << n.slot for n in path if n.slot >= 0)
+        root.parent, session.root = None, root
+        kept, stack = list[Node](), [root]
+        while stack:
+            node = stack.pop()
+            node.seen &= ~gone
+            kept.append(node)
+            stack.extend(node.children.values())
+        session.nodes = kept[1:]
+        live = {n.slot for n in kept if n.slot >= 0}
+        session.free = [s for s in range(MAX_ROWS_PER_TREE) if s not in live]  # sorted, so a heap
+        session.heap = [(-n.score, n.order, n) for n in session.nodes if n.slot < 0]
+        heapq.heapify(session.heap)
+        session.worth = self._worth(session)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # growth
+
+    def grow(self) -> bool:
+        """One draft forward over all sessions; False if there was nothing to do."""
+        batch = self.runner.batch()
+        grown: list[tuple[Session, Node]] = []  # one for every row whose logits are wanted, in their order
+        chains: list[tuple[Session, int]] = []
+        for session in self._sessions:
+            if session.root.slot < 0 and not session.exhausted and batch.rows < self.runner.sizes.max_rows:
+                chains.append((session, self._add_chain(batch, session, grown)))
+        for session, nodes in self._pick():
+            self._add_nodes(batch, session, nodes)
+            grown += [(session, n) for n in nodes]
+        if batch.rows == 0:
+            return False
+        logits = self.runner.run(batch)
+        for session, length in chains:
+            rows = list(range(session.base, session.base + length))
+            self.runner.commit(rows, *session.table.locate(session.computed, session.computed + length))
+            session.computed += length
+        if grown:
+            self._branch(logits, grown)
+        return True
+
+    def _add_chain(self, batch: BatchBuilder, session: Session, grown: list[tuple[Session, Node]]) -> int:
+        """Rows for tokens that have no K/V, up to and with the root if they fit; returns how many are to be committed."""
+        size = min(len(session.tokens) - session.computed, self.runner.sizes.max_rows - batch.rows, MAX_ROWS_PER_TREE)
+        stop = session.computed + size
+        last = stop == len(session.tokens)
+        session.table.grow(stop)
+        slots = [session.base + i for i in range(size)]
+        batch.add(
+            session.tokens[session.computed : stop], list(range(session.computed, stop)), slots, (session.base, size), session.computed,
+            session.table.pages, None, [size - 1] if last else [],
+        )  # fmt: skip
+        if last:
+            session.root.slot, session.root.seen = size - 1, 1 << size - 1
+            session.free = [s for s in range(MAX_ROWS_PER_TREE) if s != size - 1]
+            grown.append((session, session.root))
+        return size - last
+
+    def _growable(self, session: Session) -> bool:
+        return session.root.slot >= 0 and bool(session.heap) and bool(session.free)
+
+    def _pick(self) -> list[tuple[Session, list[Node]]]:
+        """The best `width` candidates over all sessions; sessions that await no verdict come first, for somebody waits for them."""
+        picked: dict[int, list[Node]] = {}
+        front = [(s.submitted is not None, s.heap[0][0] + s.root.score, i) for i, s in enumerate(self._sessions) if self._growable(s)]
+        heapq.heapify(front)
+        for _ in range(self.config.width):
+            if not front:
+                break
+            flying, _score, i = heapq.heappop(front)
+            session = self._sessions[i]
+            if flying and not self.config.proactive:
+                continue
+            node = heapq.heappop(session.heap)[2]
+            node.slot = heapq.heappop(session.free)
+            assert node.parent is not None
+            node.seen = node.parent.seen | 1 << node.slot
+            picked.setdefault(i, []).append(node)
+            if self._growable(session):
+                heapq.heappush(front, (flying, session.heap[0][0] + session.root.score, i))
+        return [(self._sessions[i], nodes) for i, nodes in picked.items()]
+
+    def _add_nodes(self, batch: BatchBuilder, session: Session, nodes: list[Node]) -> None:
+        """One row for each node; its keys are the session's pages and the live rows among its ancestors."""
+        at = len(session.tokens) - 1 - session.root.depth
+        span = max(n.seen for n in nodes).bit_length()
+        batch.add(
+            [n.token for n in nodes], [at + n.depth for n in nodes], [session.base + n.slot for n in nodes], (session.base, span),
+            session.computed, session.table.pages, [n.seen for n in nodes], list(range(len(nodes))),
+        )  # fmt: skip
+
+    def _branch(self, logits: Tensor, grown: list[tuple[Session, Node]]) -> None:
+        """Give every grown node its best children."""
+        scores, tokens = self._score(logits, grown)
+        for (session, node), values, ids in zip(grown, scores, tokens, strict=True):
+            depth = node.depth + 1
+            position = len(session.tokens) - 1 - session.root.depth + depth
+            if position > session.limit - 2:  # token limit-1 closes the text, so no node can be accepted there
+                continue
+            for value, token in zip(values, ids, strict=True):
+                if token not in session.stop and value > UNLIKELY:
+                    child = self._node(token, node, node.score + value)
+                    node.children[token] = child
+                    session.nodes.append(child)
+                    heapq.heappush(session.heap, (-child.score, child.order, child))
+        for session in {id(s): s for s, _ in grown}.values():
+            worth = self._worth(session)
+            session.gain, session.worth = worth - session.worth, worth
+            session.forwards += 1
+
+    @torch.inference_mode()
+    def _score(self, logits: Tensor, grown: list[tuple[Session, Node]]) -> tuple[list[list[float]], list[list[int]]]:
+        """Log-probability and id of the best children of every row: log_softmax((log q + g) / tau), with the noise that the target will use."""
+        keys: list[Key | None] = []
+        for session, node in grown:
+            at = len(session.tokens) - session.root.depth + node.depth  # the position that this row's token samples
+            keys.append(None if session.params.greedy else (session.params.seed or 0, at))
+        inverse = logits.new_tensor([1.0 if s.params.greedy else 1.0 / s.params.temperature for s, _ in grown])
+        log_q = (logits[:, : self._limit] * inverse[:, None]).log_softmax(-1)
+        noisy = [i for i, k in enumerate(keys) if k is not None]
+        if noisy:
+            table, where = self._noise.rows([k for k in keys if k is not None])
+            rows = [where[k] for k in keys if k is not None]
+            log_q[noisy] = ((log_q[noisy] + table[rows, : self._limit]) / self.config.tau).log_softmax(-1)
+        values, ids = log_q.topk(min(self.config.branch, self._limit))
+        return values.tolist(), ids.tolist()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # nodes
+
+    def _node(self, token: int, parent: Node | None, score: float) -> Node:
+        self._made += 1
+        return Node(token, parent, score, self._made, parent.depth + 1 if parent else 0)
+
+    def _best(self, session: Session, n: int) -> list[Node]:
+        return heapq.nsmallest(n, session.nodes, key=lambda node: (-node.score, node.order))
+
+    def _worth(self, session: Session) -> float:
+        """Expected number of accepted tokens if the tree were submitted now."""
+        return sum(math.exp(n.score - session.root.score) for n in self._best(session, self.config.tree_size))

@@ -1,0 +1,261 @@
+"""Engine: the target model serving many sequences; `step` is the program.
+
+    engine = Engine.from_pretrained("path/to/model")
+    engine.generate(["def fibonacci(n):"], SamplingParams(max_tokens=64))
+
+A sequence is opened with its tokens, then driven by trees (`offer`) or by itself (`run_until`); every step verifies what is ready and computes
+prompts beside it. Knows nothing of draft models, sockets or threads: one thread at a time may use it. Invariant: the text of a
+sequence is a function of model, tokens, parameters and seed alone.
+"""
+
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from specedge.config import EngineConfig, SamplingParams, SpecedgeError
+from specedge.engine.batch import BatchBuilder
+from specedge.engine.pages import PagePool
+from specedge.engine.request import Chunk, Completion, Output, Sequence, Verdict, walk
+from specedge.engine.runner import Runner
+from specedge.engine.sampler import Key, Sampler
+from specedge.engine.scheduler import Grant, Want, schedule
+from specedge.text import Tokenizer
+from specedge.tree import EMPTY, TokenTree
+
+
+class RequestError(SpecedgeError, ValueError):
+    """A request that this engine cannot serve: too long, outside the vocabulary, or without a prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A sequence's share of a step: `grant.rows` rows of the row buffer from `first` on, the tail of which is `tree`."""
+
+    sequence: Sequence
+    grant: Grant
+    tree: TokenTree
+    first: int
+
+
+class Engine:
+    """A runner and the sequences that share it. `eos_ids` end a text unless its parameters say otherwise."""
+
+    def __init__(self, runner: Runner, tokenizer: Tokenizer | None = None, eos_ids: tuple[int, ...] = ()) -> None:
+        self.runner, self.tokenizer, self.eos_ids = runner, tokenizer, eos_ids
+        self.vocab = runner.model.config.vocab
+        self.pool = PagePool(runner.sizes.pages, runner.sizes.page_size)
+        self._sampler = Sampler(self.vocab, tokenizer.size if tokenizer else self.vocab, runner.device)
+        self._waiting: list[Sequence] = []  # not admitted yet
+        self._running: list[Sequence] = []  # longest waiting first
+        self._outputs: dict[Sequence, tuple[Output, list[Chunk]]] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: str | None = None, dtype: str | None = None, sizes: EngineConfig | None = None, progress: bool = False
+    ) -> "Engine":
+        """Load a Hugging Face model directory. Device: cuda or cpu, the first there is; dtype: float32, bfloat16 or float16, by default float32
+        on a CPU and bfloat16 on CUDA. Raises ModelError, TokenizerError or DeviceError, each one sentence."""
+        sizes, path = sizes or EngineConfig(), Path(path)
+        runner = Runner.load(path, sizes, sizes.max_rows, device, dtype, progress)
+        return cls(runner, Tokenizer.from_dir(path), runner.model.config.eos_ids)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # sequences
+
+    def open(self, tokens: list[int], params: SamplingParams, prompt_len: int | None = None, stop: frozenset[int] | None = None) -> Sequence:
+        """A sequence of known tokens whose first `prompt_len` (all, if None) are the prompt. Its K/V is computed from the next step on.
+
+        `stop`: the ids that end it, in place of eos_ids and params.stop_ids. Raises RequestError if it can never be served.
+        """
+        if not tokens:
+            raise RequestError("the prompt holds no tokens, at least one is needed")
+        if min(tokens) < 0 or max(tokens) >= self.vocab:
+            raise RequestError(f"token {max(tokens) if min(tokens) >= 0 else min(tokens)} is outside the vocabulary of {self.vocab}")
+        if stop is None:
+            stop = frozenset(params.stop_ids if params.ignore_eos else (*params.stop_ids, *self.eos_ids))
+        sequence = Sequence(list(tokens), len(tokens) if prompt_len is None else prompt_len, params.with_seed(), stop)
+        if sequence.limit > self.runner.context:
+            asked = f"{sequence.prompt_len} prompt tokens and max_tokens {params.max_tokens}"
+            raise RequestError(f"{asked} exceed the context of {self.runner.context}: shorten one of them")
+        if not 0 < sequence.prompt_len <= len(tokens) < sequence.limit:
+            raise RequestError(f"{len(tokens)} known tokens do not lie between the prompt of {sequence.prompt_len} and the limit of {sequence.limit}")
+        self._waiting.append(sequence)
+        return sequence
+
+    def offer(self, sequence: Sequence, tree: TokenTree) -> None:
+        """Have `tree` verified below the root of `sequence` in one of the next steps. Raises TreeError if it is no tree over the vocabulary."""
+        tree.check(self.vocab)
+        sequence.tree = tree
+
+    def run_until(self, sequence: Sequence, length: int) -> None:
+        """Decode alone while the text is shorter than `length` tokens, prompt included; 0 stops that."""
+        sequence.run_until = length
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Forget `sequence` and free what it holds; one that has ended already is left as it is."""
+        for group in (self._waiting, self._running):
+            if sequence in group:
+                group.remove(sequence)
+        if sequence.table is not None:
+            sequence.table.close()
+            sequence.table = None
+        self._outputs.pop(sequence, None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would find work."""
+        return bool(self._waiting) or any(s.pending > 1 or s.wants_token for s in self._running)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # the step
+
+    def step(self) -> list[Verdict]:
+        """One forward pass: schedule -> run -> sample -> accept -> commit -> emit."""
+        self._admit()
+        grants = schedule([self._want(s) for s in self._running], self.runner.sizes.max_rows)
+        if not grants:
+            return []
+        batch = self.runner.batch()
+        jobs = [self._add(batch, self._running[g.index], g) for g in grants]
+        sampled = self._sample(batch, jobs)
+        return [v for job in jobs if (v := self._accept(job, sampled)) is not None]
+
+    def _admit(self) -> None:
+        """Move sequences from waiting to running, in order, while their longest form has room."""
+        while self._waiting and len(self._running) < self.runner.sizes.max_sequences:
+            sequence = self._waiting[0]
+            sequence.table = self.pool.open(sequence.limit)
+            if sequence.table is None:
+                return
+            self._running.append(self._waiting.pop(0))
+
+    def _want(self, s: Sequence) -> Want:
+        return Want(s.pending, s.wants_token, len(s.tree) if s.tree is not None else 0)
+
+    def _add(self, batch: BatchBuilder, s: Sequence, grant: Grant) -> Job:
+        """Put the granted rows into the batch: a chain of the text and, below its last row, the tree."""
+        assert s.table is not None
+        tree = s.tree.cut(grant.nodes) if s.tree is not None else EMPTY
+        tree = tree.cut(_within(tree, s.limit - len(s.tokens)))
+        depths = tree.depths()[1:]
+        chain = s.tokens[s.computed : s.computed + grant.chain]
+        root = s.computed + grant.chain - 1
+        s.table.grow(root + 1 + int(depths.max(initial=0)))
+        anc = None
+        if len(tree):
+            below = (1 << (grant.chain - 1)) - 1
+            anc = [(1 << i + 1) - 1 for i in range(grant.chain - 1)] + [below | a << (grant.chain - 1) for a in tree.ancestors()]
+        first, rows = batch.rows, grant.chain + len(tree)
+        batch.add(
+            tokens=chain + tree.tokens.tolist(),
+            positions=[*range(s.computed, root + 1), *(root + depths).tolist()],
+            slots=list(range(first, first + rows)),
+            keys=(first, rows),
+            prefix=s.computed,
+            pages=s.table.pages,
+            anc=anc,
+            wanted=list(range(grant.chain - 1, rows)) if grant.token else [],
+        )
+        return Job(s, grant, tree, first)
+
+    def _sample(self, batch: BatchBuilder, jobs: list[Job]) -> Iterator[int]:
+        """Run the batch and sample every row from each root down, in the order of the jobs."""
+        keys: list[Key | None] = []
+        temperatures: list[float] = []
+        for job in jobs:
+            if job.grant.token:
+                p, root = job.sequence.params, len(job.sequence.tokens) - 1
+                assert p.seed is not None
+                keys += [None if p.greedy else (p.seed, root + d + 1) for d in job.tree.depths().tolist()]
+                temperatures += [p.temperature] * (len(job.tree) + 1)
+        logits = self.runner.run(batch)
+        return iter(self._sampler(logits, keys, temperatures) if keys else [])
+
+    def _accept(self, job: Job, sampled: Iterator[int]) -> Verdict | None:
+        """Walk the tree, commit the K/V of what was accepted, extend the text."""
+        s, grant = job.sequence, job.grant
+        kept = list(range(job.first, job.first + grant.chain))
+        verdict = None
+        if grant.token:
+            base = len(s.tokens)
+            tokens = [next(sampled) for _ in range(len(job.tree) + 1)]
+            row, path, last, s.finish = walk(job.tree, tokens, s.stop, s.limit - base)
+            kept += [job.first + grant.chain - 1 + r for r in job.tree.path(row)]
+            s.tokens += [*path, last]
+            s.tree = None
+            verdict = Verdict(s, base, row, tuple(path), (last,), grant.chain + len(job.tree), s.finish)
+        assert s.table is not None
+        self.runner.commit(kept, *s.table.locate(s.computed, s.computed + len(kept)))
+        s.computed += len(kept)
+        if verdict is not None:
+            self._running.remove(s)
+            if s.finish:
+                s.table.close()
+                s.table = None
+            else:
+                self._running.append(s)
+        return verdict
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # texts
+
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """Ids of a prompt, which may be ids already."""
+        if not isinstance(prompt, str):
+            return prompt
+        if self.tokenizer is None:
+            raise RequestError("this engine has no tokenizer: give the prompt as token ids")
+        return self.tokenizer.encode(prompt)
+
+    def generate(self, prompts: Iterable[str | list[int]], params: SamplingParams | None = None) -> list[Completion]:
+        """Complete all prompts, batched. Raises RequestError before anything runs if one of them cannot be served."""
+        sequences = self._start([self.encode(p) for p in prompts], params or SamplingParams())
+        outputs = [self._outputs[s][0] for s in sequences]
+        while any(o.completion is None for o in outputs):
+            self._advance()
+        return [self._finished(s) for s in sequences]
+
+    def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Generator[Chunk]:
+        """Complete one prompt piece by piece; the last chunk holds the completion. Dropping the iterator cancels the text."""
+        (sequence,) = self._start([self.encode(prompt)], params or SamplingParams())
+        output, chunks = self._outputs[sequence]
+        try:
+            while output.completion is None or chunks:
+                if chunks:
+                    yield chunks.pop(0)
+                else:
+                    self._advance()
+        finally:
+            self.cancel(sequence)
+
+    def _start(self, prompts: list[list[int]], params: SamplingParams) -> list[Sequence]:
+        sequences: list[Sequence] = []
+        try:
+            for tokens in prompts:
+                sequences.append(self.open(tokens, params))
+        except Exception:
+            for s in sequences:
+                self.cancel(s)
+            raise
+        for s in sequences:
+            assert s.params.seed is not None
+            self._outputs[s] = Output(self.tokenizer, s.prompt_len, s.params.seed), []
+            self.run_until(s, s.limit)
+        return sequences
+
+    def _advance(self) -> None:
+        for v in self.step():
+            if v.sequence in self._outputs:
+                output, chunks = self._outputs[v.sequence]
+                chunks.append(output.add((*v.path, *v.tokens), v.finish))
+
+    def _finished(self, sequence: Sequence) -> Completion:
+        completion = self._outputs.pop(sequence)[0].completion
+        assert completion is not None
+        return completion
+
+
+def _within(tree: TokenTree, room: int) -> int:
+    """How many nodes come before the first that lies too deep to be accepted when `room` tokens may still be added."""
+    deep = tree.depths()[1:] >= room
+    return int(deep.argmax()) if deep.any() else len(tree)

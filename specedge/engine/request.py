@@ -1,0 +1,140 @@
+"""The nouns of an engine: a sequence, the verdict of a step on it, and what a caller gets.
+
+Knows nothing of tensors or schedules, and imports no torch.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from specedge.config import SamplingParams
+from specedge.engine.pages import PageTable
+from specedge.text import Detokenizer, Tokenizer
+from specedge.tree import TokenTree
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One text in the making. Tokens 0 .. computed-1 have their K/V in pages; the last token is the root, which never has."""
+
+    tokens: list[int]
+    prompt_len: int  # max_tokens counts from here
+    params: SamplingParams  # with a seed
+    stop: frozenset[int]  # ids that end the text
+    table: PageTable | None = None  # None until admitted
+    computed: int = 0
+    tree: TokenTree | None = None  # offered and not yet verified
+    run_until: int = 0  # decode alone while the text is shorter
+    finish: str = ""  # "stop" or "length" once it has ended
+
+    @property
+    def limit(self) -> int:
+        """Length at which max_tokens ends the text."""
+        return self.prompt_len + self.params.max_tokens
+
+    @property
+    def pending(self) -> int:
+        """Tokens without K/V, the root among them."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def wants_token(self) -> bool:
+        return not self.finish and (self.tree is not None or len(self.tokens) < self.run_until)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a step found: the path to `row` of the offered tree is accepted and `tokens` follow it, from length `base` on."""
+
+    sequence: Sequence
+    base: int
+    row: int
+    path: tuple[int, ...]  # tokens of the accepted path
+    tokens: tuple[int, ...]
+    verified: int  # rows that were run for it
+    finish: str
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How a text came about. Bytes are those of whole frames, both zero where no network was involved."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    hits: int = 0
+    misses: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def tokens_per_round(self, tokens: int) -> float:
+        """`tokens` over the rounds that they took."""
+        return tokens / self.rounds if self.rounds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished text. `token_ids` holds the id that closed it, `text` does not show it; `finish_reason` is stop, length or cancelled."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    seed: int
+    speculation: Speculation = field(default_factory=Speculation)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a text in the making; the last one carries the whole as `completion`."""
+
+    text: str
+    token_ids: list[int]
+    completion: Completion | None = None
+
+
+def walk(tree: TokenTree, sampled: list[int], stop: frozenset[int], room: int) -> tuple[int, list[int], int, str]:
+    """Follow the sampled tokens down the tree: (last accepted row, tokens of its path, closing token, finish).
+
+    `sampled [N + 1]` is the token of every row, `room >= 1` how many tokens may still be added. The walk ends at the first row whose token is a
+    stop id, is the last that there is room for, or belongs to no child; that token closes the verdict.
+    """
+    children = tree.children()
+    row, path = 0, list[int]()
+    while True:
+        token = sampled[row]
+        if token in stop:
+            return row, path, token, "stop"
+        if len(path) + 1 == room:
+            return row, path, token, "length"
+        below = children[row].get(token)
+        if below is None:
+            return row, path, token, ""
+        row = below
+        path.append(token)
+
+
+
+
+class Output:
+    """Gathers the tokens of one text as they are committed and turns them into chunks."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt_tokens: int, seed: int) -> None:
+        self._detokenizer = Detokenizer(tokenizer) if tokenizer else None
+        self._text: list[str] = []
+        self._prompt_tokens, self._seed = prompt_tokens, seed
+        self.token_ids: list[int] = []
+        self.speculation = Speculation()
+        self.completion: Completion | None = None
+
+    def add(self, tokens: Iterable[int], finish: str) -> Chunk:
+        """The next tokens; with `finish` they are the last ones, and the closing id of a stop is not shown."""
+        ids = list(tokens)
+        self.token_ids += ids
+        shown = ids[:-1] if finish == "stop" else ids
+        text = self._detokenizer.add(shown) if self._detokenizer else ""
+        if finish and self._detokenizer:
+            text += self._detokenizer.finish()
+        self._text.append(text)
+        if finish:
+            self.completion = Completion("".join(self._text), self.token_ids, finish, self._prompt_tokens, self._seed, self.speculation)
+        return Chunk(text, ids, self.completion)

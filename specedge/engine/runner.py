@@ -1,0 +1,84 @@
+"""Runner: a model on a device with its K/V, pages and row buffer.
+
+Runs a batch and commits rows; does not know who asked. Engine and drafter each own one. Invariant: a forward pass writes to the row buffer
+only, so pages change by `commit` alone and never roll back.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specedge import kernels
+from specedge.config import EngineConfig, SpecedgeError
+from specedge.engine.batch import BatchBuilder
+from specedge.engine.model import Decoder
+from specedge.engine.weights import load_weights, read_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class DeviceError(SpecedgeError):
+    """A device or dtype that this machine does not offer, or that is too small."""
+
+
+def choose(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype by name; None: CUDA if there is one, else the CPU; bfloat16 on CUDA, float32 on a CPU."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise DeviceError(f"device {device!r} is unknown: use cpu or cuda")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise DeviceError("this machine offers no CUDA device to torch: use --device cpu")
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    if dtype not in DTYPES:
+        raise DeviceError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}")
+    if device == "cpu" and dtype == "float16":
+        raise DeviceError("float16 is not served on a CPU: use float32 or bfloat16")
+    return torch.device(device), DTYPES[dtype]
+
+
+class Runner:
+    """`rows` rows of row buffer and `sizes.pages` pages for one model."""
+
+    def __init__(self, model: Decoder, sizes: EngineConfig, rows: int) -> None:
+        c = model.config
+        self.model, self.sizes = model, sizes
+        like = model.weights.embedding
+        self.device, self.dtype = like.device, like.dtype
+        try:
+            self.rows = like.new_zeros((c.layers, 2, rows, c.kv_heads, c.head_dim))
+            self.pages = like.new_zeros((c.layers, 2, sizes.pages, c.kv_heads, sizes.page_size, c.head_dim))
+        except RuntimeError:
+            need = (sizes.kv_tokens + rows) * c.kv_bytes_per_token(like.element_size())
+            raise DeviceError(f"{need / 1e9:.1f} GB for the K/V of {sizes.kv_tokens} tokens do not fit {self.device}: ask for fewer") from None
+        self.k_pos = np.zeros(rows, np.int32)
+
+    @classmethod
+    def load(cls, path: Path, sizes: EngineConfig, rows: int, device: str | None, dtype: str | None, progress: bool) -> "Runner":
+        """A runner for the model directory `path`."""
+        config = read_config(path)
+        chosen, kind = choose(device, dtype)
+        weights = load_weights(path, config, chosen, kind, progress)
+        return cls(Decoder(config, weights, min(config.max_positions, sizes.kv_tokens)), sizes, rows)
+
+    @property
+    def context(self) -> int:
+        """Tokens that one sequence may hold."""
+        return min(self.model.config.max_positions, self.sizes.kv_tokens)
+
+    def batch(self) -> BatchBuilder:
+        """An empty batch over this runner's row buffer."""
+        return BatchBuilder(self.k_pos)
+
+    @torch.inference_mode()
+    def run(self, batch: BatchBuilder) -> Tensor:
+        """Logits `[n, V]` float32 of the rows that the batch wants."""
+        return self.model.forward(batch.build(self.device), self.rows, self.pages)
+
+    @torch.inference_mode()
+    def commit(self, rows: list[int], pages: list[int], offsets: list[int]) -> None:
+        """Copy the K/V of row-buffer rows to (page, offset), over all layers."""
+        if rows:
+            index = torch.tensor([rows, pages, offsets], device=self.device)
+            kernels.commit(self.rows, self.pages, index[0], index[1], index[2])

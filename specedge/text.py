@@ -1,0 +1,78 @@
+"""Text to ids and back: the tokenizer of a model directory and an incremental detokeniser.
+
+Knows nothing of models, engines or sockets and imports no torch. Invariant: the pieces that a Detokenizer gives out, joined, are the
+decoding of all its ids.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+
+from specedge.config import SpecedgeError
+
+BROKEN = "\ufffd"  # what decoders write for a character whose bytes are not complete
+
+
+class TokenizerError(SpecedgeError):
+    """A tokenizer that is missing or cannot be read."""
+
+
+class Tokenizer:
+    """A fast tokenizer (tokenizer.json) with the few calls that serving needs."""
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        self._inner = inner
+        self.size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1  # ids at or above this mean nothing
+
+    @classmethod
+    def from_dir(cls, path: Path) -> "Tokenizer":
+        """Read `path/tokenizer.json`; TokenizerError if that cannot be."""
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise TokenizerError(f"{file} is missing: a model directory needs its tokenizer, or name another one with --tokenizer")
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(file)))
+        except Exception as e:  # the library raises bare Exception for every fault
+            raise TokenizerError(f"{file} is not a tokenizer: {str(e).splitlines()[0][:200]}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with the special tokens that the tokenizer itself puts around a text."""
+        ids: list[int] = self._inner.encode(text).ids
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, special tokens left out."""
+        text: str = self._inner.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def digest(self) -> bytes:
+        """sha256 of the id -> token table in order of id, added tokens included: equal digests mean equal ids."""
+        table = sorted((i, token) for token, i in self._inner.get_vocab(with_added_tokens=True).items())
+        return hashlib.sha256("".join(f"{i}\t{token}\n" for i, token in table).encode("utf-8", "surrogatepass")).digest()
+
+
+class Detokenizer:
+    """Turns a growing list of ids into text, piece by piece, holding back characters whose bytes have not all come."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # decoding starts here: far enough back that the text of new ids does not depend on what came before
+        self._shown = 0  # ids before this have been given out
+
+    def add(self, ids: Iterable[int]) -> str:
+        """The text that `ids` make complete."""
+        self._ids.extend(ids)
+        old = self._tokenizer.decode(self._ids[self._start : self._shown])
+        new = self._tokenizer.decode(self._ids[self._start :])
+        if new.endswith(BROKEN):
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return new[len(old) :]
+
+    def finish(self) -> str:
+        """What was held back, complete or not."""
+        old = self._tokenizer.decode(self._ids[self._start : self._shown])
+        return self._tokenizer.decode(self._ids[self._start :])[len(old) :]

@@ -1,0 +1,314 @@
+"""The drafter's books, with a fake model whose K/V tell what they were computed from, over hundreds of random rounds.
+
+The K/V of a row is a hash of the whole path of tokens that it saw; a forward pass of the fake finds that path by reading the K/V it is shown,
+so a wrong slot, page, ancestor bit or position shows up at once.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, EngineConfig, SamplingParams
+from specedge.engine.batch import BatchBuilder
+from specedge.engine.drafter import Drafter, Session
+from specedge.kernels import gumbel
+
+VOCAB = 24
+
+
+def digests(path: list[int]) -> list[int]:
+    """The fake's K/V of every token of `path`."""
+    values = [0]
+    for token in path:
+        values.append((values[-1] * 1_000_003 + token + 1) % (2**61 - 1))
+    return values[1:]
+
+
+def digest(path: list[int]) -> int:
+    """The fake's K/V of the last token of `path`."""
+    return digests(path)[-1]
+
+
+class FakeRunner:
+    """Stands in for engine.runner.Runner: pages and row buffer hold (digest, position), logits are a table of the path's digest."""
+
+    def __init__(self, rows: int, context: int = 400, page_size: int = 16, max_rows: int = 48) -> None:
+        self.sizes = EngineConfig(kv_tokens=2048, page_size=page_size, max_rows=max_rows)
+        self.context = context
+        self.device = torch.device("cpu")
+        self.model = SimpleNamespace(config=SimpleNamespace(vocab=VOCAB))
+        self.k_pos = np.full(rows, -1, np.int32)
+        self.rows: list[int | None] = [None] * rows
+        self.pages = [[None] * page_size for _ in range(self.sizes.pages)]
+        self.forwards: list[int] = []  # rows of every pass
+        self.paths = {0: list[int]()}  # digest -> path
+
+    def batch(self) -> BatchBuilder:
+        return BatchBuilder(self.k_pos)
+
+    def run(self, builder: BatchBuilder) -> torch.Tensor:
+        b = builder.build(self.device)
+        self.forwards.append(len(b.tokens))
+        size = self.sizes.page_size
+        for s, (q0, nq, k0, nk, prefix, causal) in enumerate(b.segments.tolist()):
+            pages = b.page_table[s].tolist()
+            for i in range(nq):
+                seen = {t: self.pages[pages[t // size]][t % size] for t in range(prefix)}
+                own = int(b.slots[q0 + i]) - k0
+                for j in range(nk):
+                    visible = j <= nk - nq + i if causal else int(b.anc[q0 + i, j // 64]) >> j % 64 & 1
+                    if visible and j != own:
+                        at = int(b.k_pos[k0 + j])
+                        assert at not in seen, "two keys at one position"
+                        seen[at] = self.rows[k0 + j]
+                position = int(b.positions[q0 + i])
+                assert sorted(seen) == list(range(position)), "the keys are not exactly the positions before this one"
+                assert causal or (int(b.anc[q0 + i, own // 64]) >> own % 64) & 1, "a row must see itself"
+                before = self.paths[seen[position - 1] if position else 0]  # type: ignore[index]
+                assert [seen[at] for at in range(position)] == digests(before), "a key of another text"
+                path = [*before, int(b.tokens[q0 + i])]
+                value = digest(path)
+                self.paths[value] = path
+                self.rows[int(b.slots[q0 + i])] = value
+        return torch.stack([table(self.paths[self.rows[int(b.slots[r])]]) for r in b.wanted.tolist()]) if len(b.wanted) else torch.empty(0, VOCAB)  # type: ignore[index]
+
+    def commit(self, rows: list[int], pages: list[int], offsets: list[int]) -> None:
+        for row, page, offset in zip(rows, pages, offsets, strict=True):
+            self.pages[page][offset] = self.rows[row]  # type: ignore[call-overload]
+
+
+def table(path: list[int], sharpness: float = 2.5) -> torch.Tensor:
+    """Logits after `path`: a table by its last three tokens."""
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(digest(path[-3:]))) * sharpness
+
+
+def target(text: list[int], params: SamplingParams, wild: float, rng: np.random.Generator) -> int:
+    """The token that the target samples after `text`: mostly as the draft would, with a share of surprises."""
+    if rng.random() < wild:
+        return int(rng.integers(0, VOCAB))
+    logits = table(text)
+    if params.greedy:
+        return int(logits.argmax())
+    return int((logits / params.temperature + gumbel(params.seed or 0, len(text), VOCAB)).argmax())
+
+
+def audit(d: Drafter, s: Session) -> None:
+    """Pages and row buffer hold what recomputation gives, and every slot, page and node is accounted for."""
+    fake: FakeRunner = d.runner  # type: ignore[assignment]
+    size = fake.sizes.page_size
+    assert [fake.pages[s.table.pages[t // size]][t % size] for t in range(s.computed)] == digests(s.tokens[: s.computed])
+    assert s.computed <= len(s.tokens) - 1
+    live = [n for n in [s.root, *s.nodes] if n.slot >= 0]
+    assert len({n.slot for n in live}) == len(live) == s.live <= MAX_ROWS_PER_TREE
+    assert sorted([n.slot for n in live] + s.free) == list(range(MAX_ROWS_PER_TREE))
+    assert not live or s.computed == len(s.tokens) - 1
+    for node in live:
+        path, bits, at = list[int](), 0, node
+        while at is not s.root:
+            path.append(at.token)
+            bits |= 1 << at.slot
+            assert at.parent is not None and at.parent.children[at.token] is at
+            at = at.parent
+        bits |= 1 << s.root.slot
+        assert node.seen == bits
+        assert fake.rows[s.base + node.slot] == digest(s.tokens + path[::-1])
+        assert fake.k_pos[s.base + node.slot] == len(s.tokens) - 1 + len(path)
+    assert sorted(n.order for _, _, n in s.heap) == sorted(n.order for n in s.nodes if n.slot < 0)
+    for n in s.nodes:
+        assert n.parent is not None and n.score <= n.parent.score
+    d.pool.check()
+
+
+def make(sessions: int = 1, **config: object) -> Drafter:
+    c = DraftConfig(max_sessions=sessions, **config)  # type: ignore[arg-type]
+    return Drafter(FakeRunner(sessions * MAX_ROWS_PER_TREE), c)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("wild", [0.0, 0.3, 1.0])
+def test_random_rounds_keep_the_books(temperature: float, wild: float) -> None:
+    rng = np.random.default_rng(int(wild * 10))
+    d = make(3, width=5, branch=4)
+    params = SamplingParams(temperature, 300, seed=3)
+    sessions = {}
+    hits = misses = 0
+    for round_ in range(150):
+        while len(sessions) < 3:
+            prompt = rng.integers(0, VOCAB, int(rng.integers(1, 80))).tolist()
+            s = d.open(prompt, params, len(prompt) + 300)
+            assert s is not None
+            sessions[id(s)] = s
+        for _ in range(int(rng.integers(0, 6))):
+            d.grow()
+        for s in list(sessions.values()):
+            if rng.random() < 0.3:
+                continue
+            tree = d.submit(s, int(rng.integers(0, 32)))
+            tree.check(VOCAB)
+            for _ in range(int(rng.integers(0, 4))):
+                d.grow()  # in flight
+            cut = tree.cut(int(rng.integers(0, len(tree) + 1)))  # by the server
+            text, row, children = list(s.tokens), 0, cut.children()
+            while (token := target(text, params, wild, rng)) in children[row]:
+                row = children[row][token]
+                text.append(token)
+            tokens = [token]
+            for _ in range(int(rng.integers(0, 3)) * (rng.random() < 0.2)):  # the server went on alone
+                tokens.append(target(text + tokens, params, wild, rng))
+            if d.verdict(s, row, tokens):
+                hits += 1
+            else:
+                misses += 1
+                assert s.live == 0 and not s.nodes
+            assert s.tokens == text + tokens
+            audit(d, s)
+            if len(s.tokens) > 250 or rng.random() < 0.02:
+                d.close(s)
+                del sessions[id(s)]
+                d.pool.check()
+        if round_ % 10 == 0:
+            for s in sessions.values():
+                audit(d, s)
+    assert misses > 20 if wild else hits > 100
+
+
+def grown(d: Drafter, prompt: list[int], params: SamplingParams | None = None, forwards: int = 4) -> Session:
+    s = d.open(prompt, params or SamplingParams(max_tokens=100, seed=1), len(prompt) + 100)
+    assert s is not None
+    for _ in range(forwards):
+        d.grow()
+    return s
+
+
+def test_a_hit_keeps_the_subtree_and_computes_nothing_again() -> None:
+    d = make()
+    s = grown(d, [1, 2, 3], forwards=6)
+    fake: FakeRunner = d.runner  # type: ignore[assignment]
+    tree = d.submit(s, 15)
+    row = 1
+    child = next(n for n in s.nodes if n.parent is s.submitted[0] and n.slot >= 0)  # type: ignore[index]
+    below = {id(n) for n in s.nodes if n.slot >= 0 and n is not child and _under(n, child)}
+    passes = len(fake.forwards)
+    assert d.verdict(s, row, [child.token])
+    assert len(fake.forwards) == passes and s.root is child
+    assert {id(n) for n in s.nodes if n.slot >= 0} == below
+    assert s.tokens == [1, 2, 3, int(tree.tokens[0]), child.token]
+    audit(d, s)
+
+
+def _under(node: object, top: object) -> bool:
+    while node is not None and node is not top:
+        node = node.parent  # type: ignore[attr-defined]
+    return node is top
+
+
+def test_a_token_that_the_server_cut_is_a_hit() -> None:
+    d = make()
+    s = grown(d, [4, 5], forwards=5)
+    tree = d.submit(s, 20)
+    assert d.verdict(s, 0, [int(tree.tokens[0])])
+    audit(d, s)
+
+
+def test_the_last_accepted_row_may_have_no_kv() -> None:
+    d = make()
+    s = grown(d, [1, 2, 3], forwards=3)
+    d.submit(s, 31)
+    leaf = next(i for i, n in enumerate(s.submitted or [], 1) if n.slot < 0)
+    path = len(s.tokens) + (s.submitted or [])[leaf - 1].depth
+    assert not d.verdict(s, leaf, [7])
+    assert len(s.tokens) == path + 1 and s.computed == path - 1, "the leaf and the new root are to be computed"
+    audit(d, s)
+    fake: FakeRunner = d.runner  # type: ignore[assignment]
+    d.grow()
+    assert fake.forwards[-1] == 2
+    audit(d, s)
+
+
+def test_growth_stops_at_256_rows_and_goes_on_after_a_verdict() -> None:
+    d = make(width=40, branch=24)
+    s = d.open([1], SamplingParams(1.0, 300, seed=2), 301)
+    assert s is not None
+    while d.grow():
+        assert s.live <= MAX_ROWS_PER_TREE
+    assert s.live == MAX_ROWS_PER_TREE and s.heap
+    audit(d, s)
+    d.submit(s, 255)
+    assert d.verdict(s, 0, [(s.submitted or [])[0].token])
+    assert s.live < MAX_ROWS_PER_TREE and d.grow()
+    audit(d, s)
+
+
+def test_trees_are_the_best_nodes_in_falling_order() -> None:
+    d = make(width=6)
+    s = grown(d, [9, 8, 7], forwards=7)
+    scores = sorted((n.score for n in s.nodes), reverse=True)
+    tree = d.submit(s, 20)
+    assert [n.score for n in s.submitted or []] == scores[:20]
+    tree.check(VOCAB)
+
+
+def test_many_sessions_share_one_forward() -> None:
+    d = make(4, width=8)
+    fake: FakeRunner = d.runner  # type: ignore[assignment]
+    for i in range(4):
+        assert d.open([i, i + 1], SamplingParams(max_tokens=50), 52)
+    assert d.grow() and fake.forwards == [8]
+    assert d.grow() and fake.forwards == [8, 8]
+    assert d.open([1], SamplingParams(max_tokens=50), 51) is None, "all regions are taken"
+
+
+def test_sessions_that_somebody_waits_for_come_first() -> None:
+    d = make(2, width=4)
+    a, b = grown(d, [1, 2], forwards=2), grown(d, [3, 4], forwards=2)
+    d.submit(a, 7)
+    before = a.live
+    d.grow()
+    assert a.live == before and b.live > 1
+
+
+def test_without_proactive_nothing_grows_in_flight() -> None:
+    d = make(proactive=False)
+    s = grown(d, [1, 2])
+    d.submit(s, 7)
+    assert not d.grow()
+    d.verdict(s, 0, [20])
+    assert d.grow()
+
+
+def test_nodes_that_can_never_be_accepted_are_not_drafted() -> None:
+    d = make()
+    s = d.open([1, 2, 3], SamplingParams(max_tokens=4, seed=1), 7, stop=frozenset(range(0, VOCAB, 2)))
+    assert s is not None
+    while d.grow():
+        pass
+    assert s.nodes and all(n.token % 2 for n in s.nodes), "a stop id closes a text, it is never inside"
+    assert max(n.depth for n in s.nodes) == 3, "token 4 of 4 closes the text"
+
+
+def test_a_text_longer_than_the_drafts_context_goes_on_without_drafts() -> None:
+    d = Drafter(FakeRunner(256, context=40), DraftConfig(max_sessions=1))  # type: ignore[arg-type]
+    params = SamplingParams(max_tokens=100, seed=1)
+    s = d.open(list(range(20)), params, 120)
+    assert s is not None
+    rng = np.random.default_rng(0)
+    while not s.exhausted:
+        while not d.ready(s) and d.grow():
+            pass
+        tree = d.submit(s, 15)
+        d.verdict(s, 0, [target(s.tokens, params, 0.5, rng)])
+        audit(d, s)
+    assert d.ready(s) and not d.grow() and len(s.tokens) >= 40
+    tree = d.submit(s, 15)
+    assert len(tree) == 0
+    d.verdict(s, 0, [1, 2, 3])
+    d.close(s)
+    d.pool.check()
+
+
+def test_a_fixed_size_of_zero_drafts_nothing() -> None:
+    d = make(tree_size=0)
+    s = d.open([1], SamplingParams(max_tokens=9), 10)
+    assert s is not None and d.ready(s) and len(d.submit(s, 0)) == 0

@@ -1,0 +1,214 @@
+"""The engine's text is a function of model, prompt, parameters and seed: not of neighbours, chunks, trees, page sizes or cancelled work."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from specedge.config import EngineConfig, SamplingParams
+from specedge.engine.engine import Engine, RequestError
+from specedge.engine.request import Sequence, walk
+from specedge.tree import EMPTY, TreeError, make_tree
+from tests.helpers import byte_tokenizer, check_empty, engine, random_model, runner
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model(tmp_path_factory.mktemp("model"), 4)
+
+
+def prompts(n: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 105, int(rng.integers(1, longest))).tolist() for _ in range(n)]
+
+
+def drive(e: Engine, s: Sequence, length: int) -> list[int]:
+    e.run_until(s, length)
+    while not s.finish and len(s.tokens) < length:
+        e.step()
+    return s.tokens
+
+
+def test_greedy_text_is_that_of_transformers(model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    for prompt in prompts(3):
+        ours = engine(model).generate([prompt], SamplingParams(max_tokens=24))[0].token_ids
+        text = list(prompt)
+        for _ in range(24):
+            with torch.inference_mode():
+                text.append(int(theirs(torch.tensor([text])).logits[0, -1].argmax()))
+        assert ours == text[len(prompt) :]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_text_does_not_depend_on_its_batch(model: Path, temperature: float) -> None:
+    params = SamplingParams(temperature, max_tokens=30, seed=11)
+    many = prompts(9, longest=100)
+    alone = [engine(model).generate([p], params)[0].token_ids for p in many]
+    for sizes in ({}, {"page_size": 16, "max_rows": 33}, {"max_rows": 2}, {"max_sequences": 2}, {"kv_tokens": 256}):
+        e = engine(model, **sizes)
+        assert [c.token_ids for c in e.generate(many, params)] == alone
+        check_empty(e)
+
+
+def test_seeds_and_temperatures_matter(model: Path) -> None:
+    def text(**changes: float) -> list[int]:
+        return engine(model).generate([[1, 2, 3]], SamplingParams(**{"temperature": 1.0, "max_tokens": 30, "seed": 1, **changes}))[0].token_ids  # type: ignore[arg-type]
+
+    assert text() == text()
+    assert len({tuple(text()), tuple(text(seed=2)), tuple(text(temperature=0.3)), tuple(text(temperature=0))}) == 4
+    drawn = engine(model).generate([[1, 2, 3]], SamplingParams(1.0, 30))[0]
+    assert text(seed=drawn.seed) == drawn.token_ids
+
+
+def test_stop_ids_and_max_tokens_close_a_text(model: Path) -> None:
+    free = engine(model).generate([[5]], SamplingParams(1.0, 40, seed=3))[0]
+    assert free.finish_reason == "length" and len(free.token_ids) == 40
+    stop = free.token_ids[17]
+    at = free.token_ids.index(stop)
+    held = engine(model).generate([[5]], SamplingParams(1.0, 40, seed=3, stop_ids=(stop,)))[0]
+    assert held.finish_reason == "stop" and held.token_ids == free.token_ids[: at + 1]
+    e = Engine(runner(model), eos_ids=(stop,))
+    assert e.generate([[5]], SamplingParams(1.0, 40, seed=3))[0].token_ids == held.token_ids
+    assert e.generate([[5]], SamplingParams(1.0, 40, seed=3, ignore_eos=True))[0].token_ids == free.token_ids
+
+
+def test_walk_ends_where_it_must() -> None:
+    tree = make_tree([7, 8, 9, 7], [0, 1, 0, 2])
+    assert walk(tree, [7, 8, 7, 5, 3], frozenset(), 9) == (4, [7, 8, 7], 3, "")
+    assert walk(tree, [7, 1, 7, 5, 3], frozenset(), 9) == (1, [7], 1, "")
+    assert walk(tree, [7, 8, 7, 5, 3], frozenset({8}), 9) == (1, [7], 8, "stop")
+    assert walk(tree, [7, 8, 7, 5, 3], frozenset(), 2) == (1, [7], 8, "length")
+    assert walk(tree, [7, 8, 7, 5, 3], frozenset(), 1) == (0, [], 7, "length")
+    assert walk(EMPTY, [7], frozenset({7}), 1) == (0, [], 7, "stop")
+
+
+def test_streams_of_one_engine_mix_and_can_be_dropped(model: Path) -> None:
+    params = SamplingParams(0.8, 25, seed=5)
+    first, second, third = prompts(3, 7)
+    want = [engine(model).generate([p], params)[0].token_ids for p in (first, second)]
+    e = engine(model)
+    a, b, c = e.stream(first, params), e.stream(second, params), e.stream(third, params)
+    got: tuple[list[int], list[int]] = ([], [])
+    next(c)
+    for x, y in zip(a, b, strict=True):
+        got[0].extend(x.token_ids)
+        got[1].extend(y.token_ids)
+    c.close()
+    assert list(got) == want
+    check_empty(e)
+
+
+def test_text_of_chunks_is_the_text(tmp_path: Path) -> None:
+    random_model(tmp_path, 1, byte_tokenizer(), vocab_size=300)
+    e = Engine.from_pretrained(tmp_path, device="cpu", sizes=EngineConfig(kv_tokens=1024))
+    chunks = list(e.stream("ab\u00e9", SamplingParams(1.0, 60, seed=1)))
+    done = chunks[-1].completion
+    assert done is not None and done.prompt_tokens == 4
+    assert "".join(c.text for c in chunks) == done.text == e.tokenizer.decode(done.token_ids)  # type: ignore[union-attr]
+    assert max(done.token_ids) < 257, "ids past the tokenizer's must never win"
+
+
+def test_what_cannot_be_served_is_refused_in_a_sentence(model: Path) -> None:
+    e = engine(model)
+    for tokens, params, words in (
+        ([], SamplingParams(), "no tokens"),
+        ([105], SamplingParams(), "outside the vocabulary of 105"),
+        ([-1], SamplingParams(), "token -1"),
+        ([1] * 500, SamplingParams(max_tokens=13), "context of 512"),
+        ("text", SamplingParams(), "no tokenizer"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            e.generate([[1], tokens], params)  # type: ignore[list-item]
+    check_empty(e)
+    s = e.open([1], SamplingParams())
+    with pytest.raises(TreeError, match="row 1"):
+        e.offer(s, make_tree([1], [1]))
+    e.cancel(s)
+    e.cancel(s)
+    check_empty(e)
+
+
+class Operations(RuleBasedStateMachine):
+    """Random trees, cancels, neighbours and autopilot: every text stays a prefix of what the model alone writes, and nothing leaks."""
+
+    params = SamplingParams(0.9, 24, seed=9)
+    model: Path
+
+    @initialize()
+    def begin(self) -> None:
+        self.engine = engine(self.model, page_size=16, max_rows=40, kv_tokens=512)
+        self.texts: list[tuple[Sequence, list[int]]] = []
+        self.rng = np.random.default_rng(0)
+
+    @rule(i=st.integers(0, 5))
+    def open(self, i: int) -> None:
+        prompt = prompts(6, 3)[i]
+        self.texts.append((self.engine.open(prompt, self.params), prompt + TRUTH[i]))
+
+    def pick(self, i: int) -> tuple[Sequence, list[int]]:
+        return self.texts[i % len(self.texts)]
+
+    @precondition(lambda self: self.texts)
+    @rule(i=st.integers(0, 9), n=st.integers(0, 45), honest=st.floats(0, 1))
+    def offer(self, i: int, n: int, honest: float) -> None:
+        s, truth = self.pick(i)
+        tokens, parents, below = [], [], set[tuple[int, int]]()
+        for k in range(n):
+            parent = int(self.rng.integers(0, k + 1)) if self.rng.random() > honest else k
+            at = len(s.tokens) + k
+            token = truth[at] if self.rng.random() < honest and at < len(truth) else int(self.rng.integers(0, 105))
+            if (parent, token) not in below and parent <= len(tokens):
+                below.add((parent, token))
+                tokens.append(token)
+                parents.append(parent)
+        if not s.finish:
+            self.engine.offer(s, make_tree(tokens, parents))
+
+    @precondition(lambda self: self.texts)
+    @rule(i=st.integers(0, 9), more=st.integers(0, 9))
+    def run_until(self, i: int, more: int) -> None:
+        s, _ = self.pick(i)
+        self.engine.run_until(s, len(s.tokens) + more)
+
+    @precondition(lambda self: self.texts)
+    @rule(i=st.integers(0, 9))
+    def cancel(self, i: int) -> None:
+        s, _ = self.texts.pop(i % len(self.texts))
+        self.engine.cancel(s)
+
+    @rule(n=st.integers(1, 4))
+    def step(self, n: int) -> None:
+        for _ in range(n):
+            for v in self.engine.step():
+                assert v.sequence.tokens[v.base :] == [*v.path, *v.tokens]
+
+    @invariant()
+    def texts_are_true(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.pool.check()
+            for s, truth in self.texts:
+                assert s.tokens == truth[: len(s.tokens)]
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            for s, _ in self.texts:
+                self.engine.cancel(s)
+            check_empty(self.engine)
+
+
+TRUTH: list[list[int]] = []
+
+
+def test_any_order_of_operations(model: Path) -> None:
+    from hypothesis.stateful import run_state_machine_as_test
+
+    Operations.model = model
+    TRUTH[:] = [engine(model).generate([p], Operations.params)[0].token_ids for p in prompts(6, 3)]
+    run_state_machine_as_test(Operations, settings=settings(max_examples=30, stateful_step_count=30, deadline=None))  # type: ignore[no-untyped-call]
