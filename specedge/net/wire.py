@@ -1,0 +1,216 @@
+"""Frames: the only bytes that cross the network between an edge and a server.
+
+A message is one frame: a 16-byte header {magic, major, minor, type, flags, body length, zero}, a msgpack body, zeros up to 512,
+2,048 or 65,536 bytes. The size of a frame therefore says next to nothing about its content. Bodies are typed array-like structs with
+bounds: a decoder reads exactly one of them or raises WireError with a sentence. Minor versions may add trailing fields, which older
+decoders ignore; another major version is refused. This file knows nothing of sockets, sessions or models, and imports no torch.
+"""
+
+import struct
+from typing import Annotated, TypeVar
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from specedge.tree import MAX_NODES, TokenTree
+
+MAGIC = b"SPEG"
+MAJOR, MINOR = 1, 0
+HEADER = struct.Struct("<4sBBBBII")
+SIZES = (512, 2048, 65536)
+CHUNK = 16000  # token ids in one OPEN or PROMPT frame: 64,000 bytes, which leaves room for the other fields
+
+U8 = Annotated[int, Meta(ge=0, lt=2**8)]
+U16 = Annotated[int, Meta(ge=0, lt=2**16)]
+U32 = Annotated[int, Meta(ge=0, lt=2**32)]
+U64 = Annotated[int, Meta(ge=0)]  # msgpack holds no more than 64 bits, and msgspec takes no larger bound
+SessionId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Digest = Annotated[bytes, Meta(max_length=32)]
+TokenBytes = Annotated[bytes, Meta(max_length=4 * CHUNK)]  # little-endian u32 ids
+Text = Annotated[str, Meta(max_length=300)]
+
+FINISH = ("", "stop", "length")  # Verdict.finish: not finished, a stop id closed the text, max_tokens did
+
+
+class WireError(ValueError):
+    """A frame that is not one of ours; the message is a sentence that may be sent back."""
+
+
+class Message(msgspec.Struct, array_like=True):
+    """Base of all bodies."""
+
+
+class Sampling(Message):
+    """How the server samples; penalties and filters join as trailing fields."""
+
+    temperature: Annotated[float, Meta(ge=0, le=2)]
+    seed: U64
+
+
+class Limits(Message):
+    """What one session may ask for."""
+
+    max_nodes: U8
+    max_context: U32  # prompt and output together
+    max_sessions: U32
+
+
+class Hello(Message):
+    """Edge -> server, first on every connection."""
+
+    build: Text
+    tokenizer: Digest  # sha256 of the draft's token table; empty: no draft, nothing to compare
+
+
+class Welcome(Message):
+    """Server -> edge: what is served here."""
+
+    build: Text
+    model: Digest  # fingerprint of the target
+    tokenizer: Digest
+    vocab: U32
+    eos_ids: Annotated[list[U32], Meta(max_length=64)]
+    limits: Limits
+    lease_ms: U32  # a session that is silent for longer is closed
+
+
+class Open(Message):
+    """Edge -> server: a session of `length` known tokens, of which the first `prompt_len` are the prompt; `tokens` are the first of them."""
+
+    session: SessionId
+    tokens: TokenBytes
+    length: U32
+    prompt_len: U32
+    sampling: Sampling
+    stop_ids: Annotated[list[U32], Meta(max_length=128)]
+    max_tokens: U32  # counted from prompt_len
+
+
+class Prompt(Message):
+    """Edge -> server: more of the known tokens, from `offset`."""
+
+    session: SessionId
+    offset: U32
+    tokens: TokenBytes
+
+
+class Opened(Message):
+    """Server -> edge: all `length` tokens are there and the session runs."""
+
+    session: SessionId
+    length: U32
+
+
+class Draft(Message):
+    """Edge -> server: a tree below token `base - 1`, the root. Decode alone while the text is shorter than `run_until`."""
+
+    session: SessionId
+    round: U32
+    base: U32
+    tokens: Annotated[bytes, Meta(max_length=4 * MAX_NODES)]
+    parents: Annotated[bytes, Meta(max_length=MAX_NODES)]
+    run_until: U32 = 0
+
+
+class Verdict(Message):
+    """Server -> edge: the path to `row` of the tree is accepted and `tokens` follow it; all of it extends the text from `base`."""
+
+    session: SessionId
+    round: U32
+    base: U32
+    row: U8
+    tokens: TokenBytes
+    verified: U16  # rows that the server ran for this answer
+    finish: Annotated[int, Meta(ge=0, lt=len(FINISH))]
+    row_budget: U8  # nodes worth sending next time
+    queue_us: U32
+    verify_us: U32
+
+
+class Cancel(Message):
+    """Edge -> server: drop the session and free what it holds."""
+
+    session: SessionId
+
+
+class Close(Message):
+    """Edge -> server: the session has ended well; free what it holds."""
+
+    session: SessionId
+
+
+class Error(Message):
+    """Server -> edge: what was wrong, in one sentence. `session` is zero where none was meant."""
+
+    session: SessionId
+    code: Annotated[str, Meta(max_length=32)]
+    text: Text
+    round: U32 = 0
+
+
+TYPES: dict[type[Message], int] = {
+    Hello: 1, Welcome: 2, Open: 3, Prompt: 4, Opened: 5, Draft: 6, Verdict: 7, Cancel: 8, Close: 9, Error: 15,
+}  # fmt: skip
+# 10..14 are kept for LEASE, RESUME, RESUMED, BUSY and GOAWAY
+NO_SESSION = bytes(16)
+
+_encode = msgspec.msgpack.Encoder().encode
+_decoders = {number: msgspec.msgpack.Decoder(kind).decode for kind, number in TYPES.items()}
+M = TypeVar("M", bound=Message)
+
+
+def encode(message: Message) -> bytes:
+    """The frame of a message. Raises ValueError if it does not fit the largest one."""
+    body = _encode(message)
+    used = HEADER.size + len(body)
+    size = next((s for s in SIZES if s >= used), None)
+    if size is None:
+        raise ValueError(f"a {type(message).__name__} of {used} bytes does not fit a frame of {SIZES[-1]}")
+    header = HEADER.pack(MAGIC, MAJOR, MINOR, TYPES[type(message)], 0, len(body), 0)
+    return header + body + bytes(size - used)
+
+
+def decode(frame: bytes) -> Message:
+    """The message in a frame. Raises WireError, and nothing else, for anything that is not exactly one."""
+    if len(frame) not in SIZES:
+        raise WireError(f"a frame of {len(frame)} bytes; frames have {', '.join(map(str, SIZES))}")
+    magic, major, _minor, number, flags, length, zero = HEADER.unpack_from(frame)
+    if magic != MAGIC:
+        raise WireError("the frame does not begin with SPEG")
+    if major != MAJOR:
+        raise WireError(f"protocol version {major} is spoken there, {MAJOR}.{MINOR} here: update the older side")
+    if flags or zero:
+        raise WireError("reserved header fields are not zero")
+    used = HEADER.size + length
+    if used > len(frame):
+        raise WireError(f"the header promises a body of {length} bytes in a frame of {len(frame)}")
+    if len(frame) != next(s for s in SIZES if s >= used):
+        raise WireError(f"a body of {length} bytes does not belong in a frame of {len(frame)}")
+    if frame.count(0, used) != len(frame) - used:
+        raise WireError("the padding is not zero")
+    decoder = _decoders.get(number)
+    if decoder is None:
+        raise WireError(f"message type {number} is unknown")
+    try:
+        return decoder(frame[HEADER.size : used])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as e:
+        raise WireError(f"the body of message type {number} is malformed: {str(e)[:200]}") from None
+
+
+def pack_ids(ids: "NDArray[np.uint32] | list[int]") -> bytes:
+    """Token ids as little-endian u32 bytes."""
+    return np.asarray(ids, dtype="<u4").tobytes()
+
+
+def unpack_ids(data: bytes) -> NDArray[np.uint32]:
+    """The ids in little-endian u32 bytes `[n]`; WireError if the length is no multiple of 4."""
+    if len(data) % 4:
+        raise WireError(f"{len(data)} bytes are not a list of 4-byte token ids")
+    return np.frombuffer(data, dtype="<u4").astype(np.uint32)
+
+
+def unpack_tree(draft: Draft) -> TokenTree:
+    """The tree of a DRAFT, unchecked but for its lengths (`TokenTree.check` does the rest)."""
+    return TokenTree(unpack_ids(draft.tokens), np.frombuffer(draft.parents, np.uint8))
