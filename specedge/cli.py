@@ -1,0 +1,170 @@
+"""The commands specedge-server and specedge-edge: arguments in, sentences out; everything else is done elsewhere.
+
+Text goes to standard output and all the rest to standard error. A failure is one sentence and an exit status that is not 0: 1 for what went
+wrong, 2 for wrong arguments, 130 for Ctrl-C.
+"""
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from specedge import __version__
+from specedge.config import DraftConfig, EngineConfig, SamplingParams, SpecedgeError
+
+DEMO = Path(__file__).parent / "demo"
+DRAIN = 30.0  # seconds that SIGTERM gives to the open sessions
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _main(parser: argparse.ArgumentParser) -> NoReturn:
+    """Run the chosen command, turning its failures into a sentence and a status."""
+    warnings.showwarning = lambda message, *_: _say(f"{parser.prog}: {message}")
+    args = parser.parse_args()
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        status = run(args)
+        sys.stdout.flush()
+        sys.exit(status)
+    except (SpecedgeError, ValueError) as e:
+        _say(f"{parser.prog}: {e}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _say("")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader has gone; so may we, without a second complaint at exit
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _device_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", choices=("cpu", "cuda"), help="where the model runs (default: cuda if there is one)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="precision (default: float32 on a CPU, bfloat16 on CUDA)")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# specedge-server
+
+
+def server() -> NoReturn:
+    """Entry point of specedge-server."""
+    p = argparse.ArgumentParser("specedge-server", description="Verify the drafts of many edges with one large model.")
+    p.add_argument("--version", action="version", version=f"specedge {__version__}")
+    commands = p.add_subparsers(required=True, metavar="COMMAND")
+    s = commands.add_parser("serve", help="serve a model to edges", description="Serve a model. Prints ready tcp://HOST:PORT when it listens.")
+    s.add_argument("model", nargs="?", type=Path, help="directory of the model in Hugging Face format")
+    s.add_argument("--demo", action="store_true", help="serve the small model that comes with specedge")
+    s.add_argument("--listen", default="tcp://127.0.0.1:0", metavar="ENDPOINT", help="address; port 0 takes a free one (default: %(default)s)")
+    s.add_argument("--max-rows", type=int, default=512, metavar="N", help="rows of one forward pass (default: %(default)s)")
+    s.add_argument("--kv-tokens", type=int, default=16384, metavar="N", help="tokens whose keys and values are kept (default: %(default)s)")
+    s.add_argument("--insecure", action="store_true", help="allow addresses that other machines reach, without encryption")
+    _device_arguments(s)
+    s.set_defaults(run=_serve)
+    _main(p)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from specedge.engine.engine import Engine
+    from specedge.engine.weights import fingerprint
+    from specedge.net.server import Server, is_private
+
+    if args.demo == bool(args.model):
+        raise SpecedgeError("name one model: a directory, or --demo")
+    path = DEMO / "target" if args.demo else args.model
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    sizes = EngineConfig(kv_tokens=args.kv_tokens, max_rows=args.max_rows)
+    engine = Engine.from_pretrained(path, device=args.device, dtype=args.dtype, sizes=sizes, progress=sys.stderr.isatty())
+    serving = Server(engine, args.listen, model=fingerprint(path), insecure=args.insecure)
+    if not is_private(serving.endpoint):
+        _say("specedge-server: warning: other machines can reach this address, and nothing is encrypted or authenticated")
+    serving.start()
+    print(f"ready {serving.endpoint}", flush=True)
+    while not stop.wait(1.0):
+        pass
+    stop.clear()
+    _say("specedge-server: draining; a second signal ends it at once")
+    serving.stop(DRAIN, hurry=stop)
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# specedge-edge
+
+
+def edge() -> NoReturn:
+    """Entry point of specedge-edge."""
+    p = argparse.ArgumentParser("specedge-edge", description="Draft on this machine, have a server verify, print the large model's own text.")
+    p.add_argument("--version", action="version", version=f"specedge {__version__}")
+    commands = p.add_subparsers(required=True, metavar="COMMAND")
+    g = commands.add_parser("generate", help="complete a prompt", description="Complete a prompt: text to stdout, the rest to stderr.")
+    g.add_argument("--server", required=True, metavar="specedge://HOST:PORT", help="the server that verifies")
+    g.add_argument("--draft", type=Path, metavar="MODEL", help="directory of the draft model; it must share the server's tokenizer")
+    g.add_argument("--no-draft", action="store_true", help="draft nothing: the server decodes alone and streams")
+    g.add_argument("--demo", action="store_true", help="use the small draft that comes with specedge")
+    g.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory of tokenizer.json (default: the draft's)")
+    g.add_argument("--prompt", required=True, metavar="TEXT|-", help="the text to complete, raw; - reads standard input")
+    g.add_argument("--max-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (default: %(default)s)")
+    g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: %(default)s)")
+    g.add_argument("--seed", type=int, metavar="S", help="repeats a sampled text (default: a random one, which is reported)")
+    g.add_argument("--tree-size", type=int, default=31, metavar="N", help="nodes drafted per round (default: %(default)s)")
+    g.add_argument("--no-proactive", action="store_true", help="do not draft while a verdict is in flight")
+    g.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    g.add_argument("--echo", action="store_true", help="with --json: stream the text to standard error meanwhile")
+    _device_arguments(g)
+    g.set_defaults(run=_generate)
+    _main(p)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from specedge.net.edge import Edge
+
+    if sum((args.demo, args.draft is not None, args.no_draft)) != 1 and not (args.demo and args.no_draft and args.draft is None):
+        raise SpecedgeError("say how to draft: --draft MODEL, --no-draft or --demo")
+    draft = None if args.no_draft else DEMO / "draft" if args.demo else args.draft
+    tokenizer = args.tokenizer or (DEMO / "draft" if args.demo else None)
+    if draft is None and tokenizer is None:
+        raise SpecedgeError("without a draft the tokenizer must be named: --tokenizer DIR")
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
+    config = DraftConfig(tree_size=args.tree_size, proactive=not args.no_proactive, max_sessions=1)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    out = None if args.json and not args.echo else sys.stderr if args.json else sys.stdout
+    with Edge(
+        args.server, draft, tokenizer=tokenizer, config=config, device=args.device, dtype=args.dtype, progress=sys.stderr.isatty()
+    ) as client:  # fmt: skip
+        ids: list[int] = []
+        text, done = "", None
+        stream = client.stream(prompt, params)
+        try:
+            for chunk in stream:
+                ids, text, done = ids + chunk.token_ids, text + chunk.text, chunk.completion
+                if out is not None:
+                    print(chunk.text, end="", file=out, flush=True)
+        except KeyboardInterrupt:  # stops the reply; what came of it is kept
+            stream.close()
+        if out is not None:
+            print(file=out, flush=True)
+    if done is None:
+        _say(f"specedge-edge: stopped after {len(ids)} tokens")
+    elif not args.json:
+        s = done.speculation
+        _say(f"specedge-edge: {len(ids)} tokens, {s.rounds} rounds, {s.tokens_per_round(len(ids)):.2f} tokens per round, seed {done.seed}")
+    if args.json:
+        used = done.speculation if done else None
+        record = {
+            "text": text, "token_ids": ids, "finish_reason": done.finish_reason if done else "cancelled", "seed": done.seed if done else params.seed,
+            "usage": {"prompt_tokens": done.prompt_tokens if done else None, "completion_tokens": len(ids)},
+            "speculation": dataclasses.asdict(used) | {"tokens_per_round": round(used.tokens_per_round(len(ids)), 3)} if used else None,
+        }  # fmt: skip
+        print(json.dumps(record))
+    return 0 if done else 130

@@ -1,0 +1,180 @@
+"""Server: a ROUTER socket in one thread, the engine in another.
+
+The network thread decodes frames and queues them; the engine thread applies them between steps and queues the answers, waking the poller through an
+inproc PAIR. All trees that came while a step ran are verified in the next one: that is the batching. Knows nothing of protocol rules (sessions.py)
+or of models. Invariants: only the network thread touches the ROUTER, only the engine thread touches the engine; a fault in one
+request never reaches another.
+"""
+
+import ipaddress
+import logging
+import queue
+import threading
+import time
+from collections import deque
+
+import zmq
+
+from specedge.config import SpecedgeError
+from specedge.engine.engine import Engine
+from specedge.net import wire
+from specedge.net.sessions import Reply, Sessions
+
+log = logging.getLogger(__name__)
+Inbound = tuple[bytes, wire.Message | None]  # None: the peer is gone
+
+
+class ListenError(SpecedgeError):
+    """An address that cannot be served on."""
+
+
+def is_private(endpoint: str) -> bool:
+    """Whether an endpoint stays on this machine: ipc, or a loopback address."""
+    if endpoint.startswith("ipc://"):
+        return True
+    host = endpoint.removeprefix("tcp://").rsplit(":", 1)[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Server:
+    """Serves `engine` on `listen` until `stop`. Binds at construction: `endpoint` then holds the real address."""
+
+    def __init__(self, engine: Engine, listen: str = "tcp://127.0.0.1:0", *, model: bytes = b"", insecure: bool = False) -> None:
+        if not insecure and not is_private(listen):
+            raise ListenError(f"{listen} can be reached from other machines, and traffic is not encrypted: listen on 127.0.0.1, or pass --insecure")
+        self._sessions = Sessions(engine, model)
+        self._engine = engine
+        self._inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
+        self._outbox: deque[Reply] = deque()
+        self._stopping = threading.Event()
+        self._context = zmq.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        for option, value in (
+            (zmq.LINGER, 500), (zmq.MAXMSGSIZE, wire.SIZES[-1]), (zmq.ROUTER_MANDATORY, 1), (zmq.SNDHWM, 64), (zmq.RCVHWM, 64),
+            (zmq.HANDSHAKE_IVL, 5000), (zmq.HEARTBEAT_IVL, 5000), (zmq.HEARTBEAT_TIMEOUT, 15000), (zmq.HEARTBEAT_TTL, 20000), (zmq.BACKLOG, 512),
+            (zmq.IPV6, "[" in listen),
+        ):  # fmt: skip
+            self._router.setsockopt(option, value)
+        try:
+            self._router.bind(listen)
+        except zmq.ZMQError as e:
+            self._context.destroy(linger=0)
+            raise ListenError(f"cannot listen on {listen}: {e.strerror}") from None
+        self.endpoint: str = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self._threads = [threading.Thread(target=f, name=f"specedge-{f.__name__[1:]}") for f in (self._network, self._engine_loop)]
+
+    def start(self) -> None:
+        """Begin to serve; returns at once."""
+        for t in self._threads:
+            t.start()
+
+    def stop(self, drain: float = 0.0, hurry: threading.Event | None = None) -> None:
+        """Refuse new sessions, serve the open ones for up to `drain` seconds or until `hurry` is set, then end both threads."""
+        self._sessions.draining = True
+        hurry, end = hurry or threading.Event(), time.monotonic() + drain
+        while len(self._sessions) and time.monotonic() < end and not hurry.wait(0.02):
+            pass
+        self._stopping.set()
+        for t in self._threads:
+            t.join()
+        self._context.destroy()
+
+    def __enter__(self) -> "Server":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # the engine's thread
+
+    def _engine_loop(self) -> None:
+        wake = self._context.socket(zmq.PAIR)
+        wake.connect("inproc://wake")
+        expire_at = 0.0
+        while not self._stopping.is_set():
+            replies = self._apply(idle=not self._engine.busy)
+            if self._engine.busy:
+                replies += self._step()
+            if (now := time.monotonic()) > expire_at:
+                self._sessions.expire(now)
+                expire_at = now + 1.0
+            if replies:
+                self._outbox.extend(replies)
+                wake.send(b"")
+        wake.close(linger=0)
+
+    def _apply(self, idle: bool) -> list[Reply]:
+        """Take all messages that have come; when idle, wait for one."""
+        replies: list[Reply] = []
+        try:
+            peer, message = self._inbox.get(timeout=0.1) if idle else self._inbox.get_nowait()
+            while True:
+                if message is None:
+                    self._sessions.forget(peer)
+                else:
+                    replies += self._sessions.handle(peer, message, time.monotonic())
+                peer, message = self._inbox.get_nowait()
+        except queue.Empty:
+            return replies
+
+    def _step(self) -> list[Reply]:
+        begun = time.monotonic()
+        try:
+            found = self._engine.step()
+        except Exception:
+            log.exception("a step failed; all sessions are dropped")
+            return self._sessions.fail()
+        now = time.monotonic()
+        return self._sessions.verdicts(found, now, now - begun)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # the network's thread
+
+    def _network(self) -> None:
+        wake = self._context.socket(zmq.PAIR)
+        wake.bind("inproc://wake")
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(wake, zmq.POLLIN)
+        while not self._stopping.is_set():
+            ready = dict(poller.poll(100))
+            if wake in ready:
+                wake.recv()
+            while self._outbox:
+                self._send(*self._outbox.popleft())
+            if self._router in ready:
+                self._receive()
+        while self._outbox:
+            self._send(*self._outbox.popleft())
+        wake.close(linger=0)
+        self._router.close()
+
+    def _send(self, peer: bytes, message: wire.Message) -> None:
+        try:
+            self._router.send_multipart([peer, wire.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError:  # gone, or it does not read: its sessions end, nobody waits for it
+            self._inbox.put((peer, None))
+
+    def _receive(self) -> None:
+        for _ in range(64):  # then look at the outbox again
+            try:
+                peer, *body = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if len(body) != 1:
+                self._refuse(peer, f"a message of {len(body)} frames; one is allowed")
+                continue
+            try:
+                self._inbox.put((peer, wire.decode(body[0])))
+            except wire.WireError as e:
+                self._refuse(peer, str(e))
+
+    def _refuse(self, peer: bytes, why: str) -> None:
+        self._send(peer, wire.Error(wire.NO_SESSION, "frame", why[:300]))

@@ -1,0 +1,233 @@
+"""Sessions: what the server knows of every edge's texts, and the rules of the protocol.
+
+Decoded messages go in, engine calls and answers come out; there is no socket, thread or clock of its own in here, so every rule is tested with plain
+calls. One thread, the engine's, uses it. Invariants: nothing unchecked reaches the engine; a round is answered once with one meaning, however
+often it is sent; an error ends the session that it names and touches no other. docs/protocol.md is the specification.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+from specedge import __version__
+from specedge.config import SamplingParams
+from specedge.engine import request
+from specedge.engine.engine import Engine, RequestError
+from specedge.net import wire
+from specedge.net.wire import Error, Message
+from specedge.tree import MAX_NODES, TreeError
+
+log = logging.getLogger(__name__)
+SURVIVABLE = ("round", "base")  # errors that leave their session as it was
+Reply = tuple[bytes, Message]  # (peer, message)
+
+
+class Refused(Exception):
+    """A message that breaks a rule: the code and the sentence to answer it with."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code, self.text = code, text
+
+
+@dataclass(slots=True, eq=False)
+class Remote:
+    """A session of one edge."""
+
+    peer: bytes
+    opened: wire.Open
+    heard: float  # when it last said something
+    tokens: list[int]  # what has come of its known tokens
+    sequence: request.Sequence | None = None  # in the engine, once all have
+    round: int = 0  # the last one that was taken
+    flying: bool = False  # that round awaits its verdict
+    taken: float = 0.0  # when it came
+    last: wire.Verdict | None = None  # its answer
+
+
+@dataclass(slots=True)
+class Sessions:
+    """The table of sessions over one engine. `lease` seconds of silence close a session."""
+
+    engine: Engine
+    model: bytes = b""
+    max_sessions: int = 256
+    lease: float = 600.0
+    draining: bool = False
+    _peers: set[bytes] = field(default_factory=set)
+    _table: dict[tuple[bytes, bytes], Remote] = field(default_factory=dict)
+    _owner: dict[request.Sequence, Remote] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def handle(self, peer: bytes, message: Message, now: float) -> list[Reply]:
+        """Take one message of `peer`; `now` in seconds of any steady clock."""
+        session = getattr(message, "session", wire.NO_SESSION)
+        try:
+            return [(peer, m) for m in self._dispatch(peer, message, now)]
+        except Refused as e:
+            if e.code not in SURVIVABLE:
+                self._drop((peer, session))
+            return [(peer, Error(session, e.code, e.text[:300], getattr(message, "round", 0)))]
+        except Exception:
+            log.exception("a %s failed", type(message).__name__)
+            self._drop((peer, session))
+            return [(peer, Error(session, "internal", "the server failed on this session and dropped it: open it again"))]
+
+    def verdicts(self, found: list[request.Verdict], now: float, spent: float) -> list[Reply]:
+        """Messages for what a step of `spent` seconds found."""
+        return [(r.peer, self._verdict(r, v, now, spent)) for v in found if (r := self._owner.get(v.sequence))]
+
+    def fail(self) -> list[Reply]:
+        """Drop every session after a fault of the engine."""
+        lost = list(self._table.items())
+        for key, _ in lost:
+            self._drop(key)
+        return [(r.peer, Error(key[1], "internal", "the server failed in a step and dropped this session: open it again")) for key, r in lost]
+
+    def expire(self, now: float) -> None:
+        """Close what has been silent for longer than its lease."""
+        for key in [k for k, r in self._table.items() if now - r.heard > self.lease and not r.flying]:
+            self._drop(key)
+
+    def forget(self, peer: bytes) -> None:
+        """Close all sessions of a peer that is gone."""
+        self._peers.discard(peer)
+        for key in [k for k in self._table if k[0] == peer]:
+            self._drop(key)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, peer: bytes, message: Message, now: float) -> list[Message]:
+        if isinstance(message, wire.Hello):
+            return [self._hello(peer, message)]
+        if peer not in self._peers:
+            raise Refused("hello", "the first message of a connection must be HELLO")
+        if isinstance(message, wire.Open):
+            return self._open(peer, message, now)
+        if not isinstance(message, wire.Prompt | wire.Draft | wire.Cancel | wire.Close):
+            raise Refused("frame", f"{type(message).__name__} is not for a server")
+        key = (peer, message.session)
+        if isinstance(message, wire.Cancel | wire.Close):
+            self._drop(key)
+            return []
+        remote = self._table.get(key)
+        if remote is None:
+            raise Refused("session", "this session is not open here: open it with its tokens")
+        remote.heard = now
+        return self._prompt(remote, message) if isinstance(message, wire.Prompt) else self._draft(remote, message, now)
+
+    def _hello(self, peer: bytes, m: wire.Hello) -> Message:
+        tokenizer = self.engine.tokenizer.digest() if self.engine.tokenizer else b""
+        if m.tokenizer and tokenizer and m.tokenizer != tokenizer:
+            raise Refused("tokenizer", "the draft's tokenizer is not the target's: use a draft with the same vocabulary, or none")
+        self._peers.add(peer)
+        limits = wire.Limits(min(MAX_NODES, self.engine.runner.sizes.max_rows - 1), self.engine.runner.context, self.max_sessions)
+        build = f"specedge {__version__}"
+        return wire.Welcome(build, self.model, tokenizer, self.engine.vocab, list(self.engine.eos_ids), limits, int(self.lease * 1000))
+
+    def _open(self, peer: bytes, m: wire.Open, now: float) -> list[Message]:
+        if self.draining:
+            raise Refused("draining", "this server is shutting down: connect to another one")
+        key = (peer, m.session)
+        if key in self._table:
+            raise Refused("session", "a session of this name is open already")
+        if len(self._table) >= self.max_sessions:
+            raise Refused("full", f"all {self.max_sessions} sessions of this server are taken: try again later")
+        if not 0 < m.prompt_len <= m.length < m.prompt_len + m.max_tokens:
+            raise Refused("length", f"{m.length} known tokens, {m.prompt_len} of them the prompt, do not go with max_tokens {m.max_tokens}")
+        if m.prompt_len + m.max_tokens > self.engine.runner.context:
+            asked = f"{m.prompt_len} prompt tokens and max_tokens {m.max_tokens}"
+            raise Refused("length", f"{asked} exceed this server's context of {self.engine.runner.context}: shorten one of them")
+        remote = self._table[key] = Remote(peer, m, now, [])
+        return self._known(remote, m.tokens)
+
+    def _prompt(self, r: Remote, m: wire.Prompt) -> list[Message]:
+        if r.sequence is not None or m.offset != len(r.tokens):
+            raise Refused("offset", f"PROMPT starts at {m.offset}, but {len(r.tokens)} of {r.opened.length} tokens are here")
+        return self._known(r, m.tokens)
+
+    def _known(self, r: Remote, data: bytes) -> list[Message]:
+        """Take more known tokens; open the sequence when the last has come."""
+        ids = self._ids(data)
+        if len(r.tokens) + len(ids) > r.opened.length:
+            raise Refused("offset", f"more than the {r.opened.length} tokens that OPEN announced")
+        r.tokens += ids
+        if len(r.tokens) < r.opened.length:
+            return []
+        o = r.opened
+        try:
+            params = SamplingParams(o.sampling.temperature, o.max_tokens, o.sampling.seed)
+            r.sequence = self.engine.open(r.tokens, params, o.prompt_len, frozenset(o.stop_ids))
+        except (RequestError, ValueError) as e:
+            raise Refused("length", str(e)) from None
+        self._owner[r.sequence] = r
+        return [wire.Opened(o.session, o.length)]
+
+    def _draft(self, r: Remote, m: wire.Draft, now: float) -> list[Message]:
+        s = r.sequence
+        if s is None:
+            raise Refused("offset", f"{len(r.tokens)} of {r.opened.length} tokens are here: send the rest before a round")
+        if m.round == r.round and r.round:
+            return [] if r.flying else self._repeat(r, m)
+        if r.flying or m.round != r.round + 1:
+            raise Refused("round", f"round {m.round} came, but round {r.round} {'awaits its verdict' if r.flying else 'was the last'}")
+        if m.base > len(s.tokens):
+            raise Refused("base", f"the text has {len(s.tokens)} tokens here, round {m.round} builds on {m.base}")
+        try:
+            tree = wire.unpack_tree(m)
+            tree.check(self.engine.vocab)
+        except (TreeError, wire.WireError) as e:
+            raise Refused("tree", f"{e}") from None
+        r.round, r.taken = m.round, now
+        if not s.finish:
+            self.engine.run_until(s, min(m.run_until, s.limit))
+        if m.base < len(s.tokens) or s.finish:
+            return [self._catch_up(r, m.base)]
+        self.engine.offer(s, tree)
+        r.flying = True
+        return []
+
+    def _repeat(self, r: Remote, m: wire.Draft) -> list[Message]:
+        """The answer to a round that was answered before: the same one, or all that is known by now; nothing, if that is nothing new."""
+        assert r.sequence is not None
+        known = len(r.sequence.tokens)
+        if m.base > known:
+            raise Refused("base", f"the text has {known} tokens here, round {m.round} builds on {m.base}")
+        if r.last is not None and r.last.base == m.base and r.last.round == m.round:
+            return [r.last]
+        return [self._catch_up(r, m.base)] if m.base < known or r.sequence.finish else []
+
+    def _catch_up(self, r: Remote, base: int) -> wire.Verdict:
+        """All tokens from `base` on, for an edge that is behind; as many as one frame holds."""
+        assert r.sequence is not None
+        tokens = r.sequence.tokens[base : base + wire.CHUNK]
+        finish = r.sequence.finish if base + len(tokens) == len(r.sequence.tokens) else ""
+        return wire.Verdict(r.opened.session, r.round, base, 0, wire.pack_ids(tokens), 0, wire.FINISH.index(finish), MAX_NODES, 0, 0)
+
+    def _verdict(self, r: Remote, v: request.Verdict, now: float, spent: float) -> wire.Verdict:
+        r.heard = now  # whoever is being served is not silent
+        queue = max(0.0, now - r.taken - spent) if r.flying else 0.0
+        message = wire.Verdict(
+            r.opened.session, r.round, v.base, v.row, wire.pack_ids(list(v.tokens)), min(v.verified, 2**16 - 1),
+            wire.FINISH.index(v.finish), MAX_NODES, min(int(queue * 1e6), 2**32 - 1), min(int(spent * 1e6), 2**32 - 1),
+        )  # fmt: skip
+        if r.flying:
+            r.last = message
+        r.flying = False
+        return message
+
+    def _ids(self, data: bytes) -> list[int]:
+        try:
+            ids = wire.unpack_ids(data)
+        except wire.WireError as e:
+            raise Refused("frame", str(e)) from None
+        if len(ids) and int(ids.max()) >= self.engine.vocab:
+            raise Refused("token", f"token {int(ids.max())} is outside the vocabulary of {self.engine.vocab}")
+        return [int(i) for i in ids]
+
+    def _drop(self, key: tuple[bytes, bytes]) -> None:
+        remote = self._table.pop(key, None)
+        if remote is not None and remote.sequence is not None:
+            self._owner.pop(remote.sequence, None)
+            self.engine.cancel(remote.sequence)
