@@ -196,3 +196,8 @@ def test_the_reader_of_dangers_passes(source: str) -> None:
 def test_the_reader_of_docstrings() -> None:
     assert opens_with_docstring("") and opens_with_docstring("\n") and opens_with_docstring('"""What it does."""\nx = 1')
     assert not opens_with_docstring("x = 1") and not opens_with_docstring('x = 1\n"""Late."""') and not opens_with_docstring('""" """\n')
+
+
+def test_the_cpu_path_does_not_import_triton() -> None:
+    code = "import sys, specedge; specedge.SpeculativeEngine, specedge.Edge, specedge.Server; print('triton' in sys.modules)"
+    assert run_python(code) == "False"

@@ -6,6 +6,7 @@ or of models. Invariants: only the network thread touches the ROUTER, only the e
 request never reaches another.
 """
 
+import contextlib
 import ipaddress
 import logging
 import queue
@@ -51,7 +52,7 @@ class Server:
         self._engine = engine
         self._inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
         self._outbox: deque[Reply] = deque()
-        self._stopping = threading.Event()
+        self._stopping, self._silent = threading.Event(), threading.Event()  # end the engine's thread, then the network's
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         for option, value in (
@@ -66,12 +67,14 @@ class Server:
             self._context.destroy(linger=0)
             raise ListenError(f"cannot listen on {listen}: {e.strerror}") from None
         self.endpoint: str = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
-        self._threads = [threading.Thread(target=f, name=f"specedge-{f.__name__[1:]}") for f in (self._network, self._engine_loop)]
+        self.address = self.endpoint.replace("tcp://", "specedge://")  # what an Edge on this machine is given
+        self._engine_thread = threading.Thread(target=self._engine_loop, name="specedge-engine")
+        self._network_thread = threading.Thread(target=self._network_loop, name="specedge-network")
 
     def start(self) -> None:
         """Begin to serve; returns at once."""
-        for t in self._threads:
-            t.start()
+        self._network_thread.start()
+        self._engine_thread.start()
 
     def stop(self, drain: float = 0.0, hurry: threading.Event | None = None) -> None:
         """Refuse new sessions, serve the open ones for up to `drain` seconds or until `hurry` is set, then end both threads."""
@@ -80,8 +83,9 @@ class Server:
         while len(self._sessions) and time.monotonic() < end and not hurry.wait(0.02):
             pass
         self._stopping.set()
-        for t in self._threads:
-            t.join()
+        self._engine_thread.join()
+        self._silent.set()
+        self._network_thread.join()
         self._context.destroy()
 
     def __enter__(self) -> "Server":
@@ -107,7 +111,8 @@ class Server:
                 expire_at = now + 1.0
             if replies:
                 self._outbox.extend(replies)
-                wake.send(b"")
+                with contextlib.suppress(zmq.Again):  # so many wake-ups are under way that one more is not needed
+                    wake.send(b"", zmq.NOBLOCK)
         wake.close(linger=0)
 
     def _apply(self, idle: bool) -> list[Reply]:
@@ -137,13 +142,13 @@ class Server:
     # ------------------------------------------------------------------------------------------------------------------
     # the network's thread
 
-    def _network(self) -> None:
+    def _network_loop(self) -> None:
         wake = self._context.socket(zmq.PAIR)
         wake.bind("inproc://wake")
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(wake, zmq.POLLIN)
-        while not self._stopping.is_set():
+        while not self._silent.is_set():
             ready = dict(poller.poll(100))
             if wake in ready:
                 wake.recv()

@@ -53,7 +53,7 @@ class Sessions:
     max_sessions: int = 256
     lease: float = 600.0
     draining: bool = False
-    _peers: set[bytes] = field(default_factory=set)
+    _peers: dict[bytes, float] = field(default_factory=dict)  # who has said HELLO, and when it was last heard
     _table: dict[tuple[bytes, bytes], Remote] = field(default_factory=dict)
     _owner: dict[request.Sequence, Remote] = field(default_factory=dict)
 
@@ -86,13 +86,15 @@ class Sessions:
         return [(r.peer, Error(key[1], "internal", "the server failed in a step and dropped this session: open it again")) for key, r in lost]
 
     def expire(self, now: float) -> None:
-        """Close what has been silent for longer than its lease."""
+        """Close what has been silent for longer than its lease, and forget peers that have nothing open."""
         for key in [k for k, r in self._table.items() if now - r.heard > self.lease and not r.flying]:
             self._drop(key)
+        busy = {peer for peer, _ in self._table}
+        self._peers = {p: heard for p, heard in self._peers.items() if p in busy or now - heard <= self.lease}
 
     def forget(self, peer: bytes) -> None:
         """Close all sessions of a peer that is gone."""
-        self._peers.discard(peer)
+        self._peers.pop(peer, None)
         for key in [k for k in self._table if k[0] == peer]:
             self._drop(key)
 
@@ -100,9 +102,10 @@ class Sessions:
 
     def _dispatch(self, peer: bytes, message: Message, now: float) -> list[Message]:
         if isinstance(message, wire.Hello):
-            return [self._hello(peer, message)]
+            return [self._hello(peer, message, now)]
         if peer not in self._peers:
             raise Refused("hello", "the first message of a connection must be HELLO")
+        self._peers[peer] = now
         if isinstance(message, wire.Open):
             return self._open(peer, message, now)
         if not isinstance(message, wire.Prompt | wire.Draft | wire.Cancel | wire.Close):
@@ -117,11 +120,11 @@ class Sessions:
         remote.heard = now
         return self._prompt(remote, message) if isinstance(message, wire.Prompt) else self._draft(remote, message, now)
 
-    def _hello(self, peer: bytes, m: wire.Hello) -> Message:
+    def _hello(self, peer: bytes, m: wire.Hello, now: float) -> Message:
         tokenizer = self.engine.tokenizer.digest() if self.engine.tokenizer else b""
         if m.tokenizer and tokenizer and m.tokenizer != tokenizer:
             raise Refused("tokenizer", "the draft's tokenizer is not the target's: use a draft with the same vocabulary, or none")
-        self._peers.add(peer)
+        self._peers[peer] = now
         limits = wire.Limits(min(MAX_NODES, self.engine.runner.sizes.max_rows - 1), self.engine.runner.context, self.max_sessions)
         build = f"specedge {__version__}"
         return wire.Welcome(build, self.model, tokenizer, self.engine.vocab, list(self.engine.eos_ids), limits, int(self.lease * 1000))
