@@ -97,7 +97,8 @@ Tensor rope_write_op(const Tensor& qkv, const Tensor& cos, const Tensor& sin, co
   Tensor q = at::empty({rows, heads, dim}, qkv.options());
   by_dtype(qkv, "qkv", [&]<class T>(T) {
     check(qkv, "qkv", 2, DTYPE<T>), check(rows_kv, "rows_kv", 4, DTYPE<T>);
-    TORCH_CHECK(qkv.size(1) == (heads + 2 * kv_heads) * dim, "qkv is ", qkv.size(1), " wide, not (", heads, " + 2 * ", kv_heads, ") * ", dim);
+    TORCH_CHECK(qkv.size(1) == (heads + 2 * kv_heads) * dim, "qkv is ", qkv.size(1), " wide, not (", heads, " + 2 * ", kv_heads,
+                ") * ", dim);
     T* k = data<T>(rows_kv);
     rope_write(Rope<T>{data<T>(qkv), data<float>(cos), data<float>(sin), data<int32_t>(positions), data<int32_t>(slots), data<T>(q), k,
                        k + slot_count * kv_heads * dim, rows, heads, kv_heads, dim},

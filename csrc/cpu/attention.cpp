@@ -6,7 +6,7 @@
 // is never multiplied by zero, it is not visited: NaN and inf stay where they are.
 //
 // Work is cut into tasks (segment, kv head, block of rows). The lists of a block's rows share a run in the middle (the pages, and the row
-// keys that all of a causal block see); before it lies what a window still shows to some, behind it what each row sees for itself (its path).
+// keys that all of a causal block see); before it lies what a window still shows to some, behind it what each row sees alone (its path).
 // Keys go by tiles of 64, which all queries of the block use while they are in L1.
 #include <algorithm>
 #include <vector>
@@ -150,7 +150,8 @@ struct Block {
       const uint64_t* words = a.anc + (q0 + i) * a.anc_words;
       for (int64_t j = to - prefix; j < (causal ? ends + i : nk); j++)
         if (k_pos[j] >= oldest && (causal || words[j / 64] >> j % 64 & 1)) row.own.push_back(prefix + j);
-      if (!ordered) std::stable_sort(row.own.begin(), row.own.end(), [&](int64_t x, int64_t y) { return k_pos[x - prefix] < k_pos[y - prefix]; });
+      const auto earlier = [&](int64_t x, int64_t y) { return k_pos[x - prefix] < k_pos[y - prefix]; };
+      if (!ordered) std::stable_sort(row.own.begin(), row.own.end(), earlier);
       row.length = to - row.begin + int64_t(row.own.size());
       from = std::max(from, row.begin), longest = std::max(longest, row.length);
     }
@@ -218,9 +219,10 @@ struct Block {
     visit(a.rows_v, a.pages_v, [&](int64_t query, int64_t n_queries, int64_t n) {
       by_groups(n_queries, [&]<int N>(int64_t i) {
         i += query;
+        const T* const* fetch = i == query ? next : nullptr;
         int64_t d = 0;
-        for (; d + 4 * LANES <= a.dim; d += 4 * LANES) weigh<V, N, 4>(&s.p[i], key, i == query ? next : nullptr, n, d, LANES, &s.out[i]);
-        for (; d < a.dim; d += LANES) weigh<V, N, 1>(&s.p[i], key, i == query ? next : nullptr, n, d, int(std::min<int64_t>(LANES, a.dim - d)), &s.out[i]);
+        for (; d + 4 * LANES <= a.dim; d += 4 * LANES) weigh<V, N, 4>(&s.p[i], key, fetch, n, d, LANES, &s.out[i]);
+        for (; d < a.dim; d += LANES) weigh<V, N, 1>(&s.p[i], key, fetch, n, d, int(std::min<int64_t>(LANES, a.dim - d)), &s.out[i]);
       });
     });
     for (int64_t i = 0; i < queries; i++) {

@@ -86,9 +86,9 @@ def path(parents: list[int], row: int) -> list[int]:
     return out[::-1]
 
 
-def make(kind: str, prefix: int, n: int, group: int, dim: int, dtype: torch.dtype, kv_heads: int = 2, seed: int = 0) -> tuple[Part, list[int]]:
+def make(kind: str, prefix: int, n: int, group: int, dim: int, dtype: torch.dtype, seed: int = 0) -> tuple[Part, list[int]]:
     """A part of `n` rows: "chunk" (causal) or "tree"; with its parents."""
-    gen = torch.Generator().manual_seed(seed + 1000 * n + prefix)
+    gen, kv_heads = torch.Generator().manual_seed(seed + 1000 * n + prefix), 2
     tensor = lambda *shape: torch.randn(shape, generator=gen).to(dtype)  # noqa: E731
     old, q, new = tensor(2, prefix, kv_heads, dim), tensor(n, kv_heads * group, dim) * 2, tensor(2, n, kv_heads, dim)
     parents = list(range(-1, n - 1)) if kind == "chunk" else parents_of(n, gen)
