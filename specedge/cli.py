@@ -80,18 +80,19 @@ def _serve(args: argparse.Namespace) -> int:
     if args.demo == bool(args.model):
         raise SpecedgeError("name one model: a directory, or --demo")
     path = DEMO / "target" if args.demo else args.model
+    sizes = EngineConfig(kv_tokens=args.kv_tokens, max_rows=args.max_rows)
+    engine = Engine.from_pretrained(path, device=args.device, dtype=args.dtype, sizes=sizes, progress=sys.stderr.isatty())
+    serving = Server(engine, args.listen, model=fingerprint(path, engine.runner.dtype), insecure=args.insecure)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    sizes = EngineConfig(kv_tokens=args.kv_tokens, max_rows=args.max_rows)
-    engine = Engine.from_pretrained(path, device=args.device, dtype=args.dtype, sizes=sizes, progress=sys.stderr.isatty())
-    serving = Server(engine, args.listen, model=fingerprint(path), insecure=args.insecure)
     if not is_private(serving.endpoint):
         _say("specedge-server: warning: other machines can reach this address, and nothing is encrypted or authenticated")
     serving.start()
     print(f"ready {serving.endpoint}", flush=True)
     while not stop.wait(1.0):
-        pass
+        if not serving.alive:
+            raise SpecedgeError("a thread of the server has died: see the error above, and start it again")
     stop.clear()
     _say("specedge-server: draining; a second signal ends it at once")
     serving.stop(DRAIN, hurry=stop)
@@ -135,16 +136,17 @@ def _generate(args: argparse.Namespace) -> int:
     tokenizer = args.tokenizer or (DEMO / "draft" if args.demo else None)
     if draft is None and tokenizer is None:
         raise SpecedgeError("without a draft the tokenizer must be named: --tokenizer DIR")
-    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed).with_seed()
     config = DraftConfig(tree_size=args.tree_size, proactive=not args.no_proactive, max_sessions=1)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     out = None if args.json and not args.echo else sys.stderr if args.json else sys.stdout
     with Edge(
         args.server, draft, tokenizer=tokenizer, config=config, device=args.device, dtype=args.dtype, progress=sys.stderr.isatty()
     ) as client:  # fmt: skip
-        ids: list[int] = []
+        assert client.tokenizer is not None
+        tokens, ids = client.tokenizer.encode(prompt), list[int]()
         text, done = "", None
-        stream = client.stream(prompt, params)
+        stream = client.stream(tokens, params)
         try:
             for chunk in stream:
                 ids, text, done = ids + chunk.token_ids, text + chunk.text, chunk.completion
@@ -158,12 +160,12 @@ def _generate(args: argparse.Namespace) -> int:
         _say(f"specedge-edge: stopped after {len(ids)} tokens")
     elif not args.json:
         s = done.speculation
-        _say(f"specedge-edge: {len(ids)} tokens, {s.rounds} rounds, {s.tokens_per_round(len(ids)):.2f} tokens per round, seed {done.seed}")
+        _say(f"specedge-edge: {len(ids)} tokens, {s.rounds} rounds, {s.tokens_per_round(len(ids)):.2f} tokens per round, seed {params.seed}")
     if args.json:
         used = done.speculation if done else None
         record = {
-            "text": text, "token_ids": ids, "finish_reason": done.finish_reason if done else "cancelled", "seed": done.seed if done else params.seed,
-            "usage": {"prompt_tokens": done.prompt_tokens if done else None, "completion_tokens": len(ids)},
+            "text": text, "token_ids": ids, "finish_reason": done.finish_reason if done else "cancelled", "seed": params.seed,
+            "usage": {"prompt_tokens": len(tokens), "completion_tokens": len(ids)},
             "speculation": dataclasses.asdict(used) | {"tokens_per_round": round(used.tokens_per_round(len(ids)), 3)} if used else None,
         }  # fmt: skip
         print(json.dumps(record))

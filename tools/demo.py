@@ -21,7 +21,7 @@ import json, sys
 from specedge import Engine, SamplingParams
 from specedge.cli import DEMO
 prompt, seed, temperature, tokens = sys.argv[1:]
-engine = Engine.from_pretrained(DEMO / "target")
+engine = Engine.from_pretrained(DEMO / "target", device="cpu")
 done = engine.generate([prompt], SamplingParams(temperature=float(temperature), max_tokens=int(tokens), seed=int(seed)))[0]
 print(json.dumps(done.token_ids))
 """

@@ -50,6 +50,7 @@ class Session:
     params: SamplingParams
     limit: int  # length at which the text ends at the latest
     stop: frozenset[int]
+    vocab: int  # of the target: other ids are not for it
     table: PageTable
     base: int  # first row of its region
     root: Node
@@ -98,15 +99,19 @@ class Drafter:
     # ------------------------------------------------------------------------------------------------------------------
     # sessions
 
-    def open(self, tokens: list[int], params: SamplingParams, limit: int, stop: frozenset[int] = frozenset()) -> Session | None:
-        """A session on `tokens`, whose text ends before `limit` tokens or at an id of `stop`. None: no room, go on without drafts."""
+    def open(
+        self, tokens: list[int], params: SamplingParams, limit: int, stop: frozenset[int] = frozenset(), vocab: int | None = None
+    ) -> Session | None:
+        """A session on `tokens`, whose text ends before `limit` tokens or at an id of `stop`, for a target of `vocab` ids (None: those of the
+        draft). None: no room, go on without drafts."""
         limit = min(limit, self.runner.context)
         if not self._regions or len(tokens) >= limit or max(tokens) >= self._vocab:
             return None
         table = self.pool.open(limit)
         if table is None:
             return None
-        session = Session(list(tokens), params.with_seed(), limit, stop, table, self._regions.pop(), self._node(tokens[-1], None, 0.0))
+        root, base = self._node(tokens[-1], None, 0.0), self._regions.pop()
+        session = Session(list(tokens), params.with_seed(), limit, stop, vocab or self._vocab, table, base, root)
         self._sessions.append(session)
         return session
 
@@ -154,8 +159,8 @@ class Drafter:
         if max(tokens) >= self._vocab:
             session.limit = 0  # a token that this model does not know: nothing can follow it
         self._root(session, new or self._node(text[-1], None, 0.0), walked)
-        if not hit:
-            session.forwards, session.gain = 0, math.inf
+        depths = [n.depth for n in (session.root, *session.nodes) if n.slot >= 0]  # so deep have earlier forwards grown what is left
+        session.forwards, session.gain = max(depths) - session.root.depth + 1 if depths else 0, math.inf
         return hit
 
     def _commit(self, session: Session, path: list[Node]) -> None:
@@ -267,7 +272,7 @@ class Drafter:
             if position > session.limit - 2:  # token limit-1 closes the text, so no node can be accepted there
                 continue
             for value, token in zip(values, ids, strict=True):
-                if token not in session.stop and value > UNLIKELY:
+                if token < session.vocab and token not in session.stop and value > UNLIKELY:
                     child = self._node(token, node, node.score + value)
                     node.children[token] = child
                     session.nodes.append(child)

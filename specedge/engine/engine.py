@@ -104,7 +104,8 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step would find work."""
-        return bool(self._waiting) or any(s.pending > 1 or s.wants_token for s in self._running)
+        admits = self._waiting and len(self._running) < self.runner.sizes.max_sequences and self.pool.fits(self._waiting[0].limit)
+        return bool(admits) or any(s.pending > 1 or s.wants_token for s in self._running)
 
     # ------------------------------------------------------------------------------------------------------------------
     # the step
@@ -118,7 +119,12 @@ class Engine:
         batch = self.runner.batch()
         jobs = [self._add(batch, self._running[g.index], g) for g in grants]
         sampled = self._sample(batch, jobs)
-        return [v for job in jobs if (v := self._accept(job, sampled)) is not None]
+        verdicts = [v for job in jobs if (v := self._accept(job, sampled)) is not None]
+        for v in verdicts:
+            if v.sequence in self._outputs:
+                output, chunks = self._outputs[v.sequence]
+                chunks.append(output.add((*v.path, *v.tokens), v.finish))
+        return verdicts
 
     def _admit(self) -> None:
         """Move sequences from waiting to running, in order, while their longest form has room."""
@@ -207,13 +213,18 @@ class Engine:
             raise RequestError("this engine has no tokenizer: give the prompt as token ids")
         return self.tokenizer.encode(prompt)
 
-    def generate(self, prompts: Iterable[str | list[int]], params: SamplingParams | None = None) -> list[Completion]:
-        """Complete all prompts, batched. Raises RequestError before anything runs if one of them cannot be served."""
+    def generate(self, prompts: str | Iterable[str | list[int]], params: SamplingParams | None = None) -> list[Completion]:
+        """Complete all prompts, batched; one string is one prompt. Raises RequestError before anything runs if one of them cannot be served."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         sequences = self._start([self.encode(p) for p in prompts], params or SamplingParams())
         outputs = [self._outputs[s][0] for s in sequences]
-        while any(o.completion is None for o in outputs):
-            self._advance()
-        return [self._finished(s) for s in sequences]
+        try:
+            while any(o.completion is None for o in outputs):
+                self.step()
+            return [self._finished(s) for s in sequences]
+        finally:
+            for s in sequences:
+                self.cancel(s)
 
     def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Generator[Chunk]:
         """Complete one prompt piece by piece; the last chunk holds the completion. Dropping the iterator cancels the text."""
@@ -224,7 +235,7 @@ class Engine:
                 if chunks:
                     yield chunks.pop(0)
                 else:
-                    self._advance()
+                    self.step()
         finally:
             self.cancel(sequence)
 
@@ -242,12 +253,6 @@ class Engine:
             self._outputs[s] = Output(self.tokenizer, s.prompt_len, s.params.seed), []
             self.run_until(s, s.limit)
         return sequences
-
-    def _advance(self) -> None:
-        for v in self.step():
-            if v.sequence in self._outputs:
-                output, chunks = self._outputs[v.sequence]
-                chunks.append(output.add((*v.path, *v.tokens), v.finish))
 
     def _finished(self, sequence: Sequence) -> Completion:
         completion = self._outputs.pop(sequence)[0].completion

@@ -50,12 +50,15 @@ class PagePool:
         """Pages that tables may still take."""
         return sum(t.limit - len(t.pages) for t in self._tables)
 
+    def fits(self, tokens: int) -> bool:
+        """Whether there is room for a sequence of at most `tokens` tokens."""
+        return self.pages_for(tokens) <= len(self._free) - self.promised
+
     def open(self, tokens: int) -> PageTable | None:
         """A table for a sequence of at most `tokens` tokens, or None while there is no room for it."""
-        limit = self.pages_for(tokens)
-        if limit > len(self._free) - self.promised:
+        if not self.fits(tokens):
             return None
-        table = PageTable(self, limit)
+        table = PageTable(self, self.pages_for(tokens))
         self._tables.add(table)
         return table
 

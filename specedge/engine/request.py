@@ -114,7 +114,6 @@ def walk(tree: TokenTree, sampled: list[int], stop: frozenset[int], room: int) -
 
 
 
-
 class Output:
     """Gathers the tokens of one text as they are committed and turns them into chunks."""
 

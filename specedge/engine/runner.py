@@ -65,7 +65,7 @@ class Runner:
     @property
     def context(self) -> int:
         """Tokens that one sequence may hold."""
-        return min(self.model.config.max_positions, self.sizes.kv_tokens)
+        return min(self.model.config.max_positions, self.sizes.pages * self.sizes.page_size)
 
     def batch(self) -> BatchBuilder:
         """An empty batch over this runner's row buffer."""

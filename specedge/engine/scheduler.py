@@ -44,16 +44,17 @@ def schedule(wants: Sequence[Want], max_rows: int) -> list[Grant]:
     """
     grants: list[Grant] = []
     free = max_rows
-    for i, want in enumerate(wants):
-        grant = _answer(i, want, max_rows)
-        if grant is not None and grant.rows <= free:
+    answers = [_answer(i, want, max_rows) for i, want in enumerate(wants)]
+    owed = min(CHUNK_BESIDE_TREES, sum(want.chain - 1 for want, answer in zip(wants, answers, strict=True) if answer is None))
+    for grant in answers:
+        if grant is not None and grant.rows <= free - (owed if grants else 0):  # the rounds of many must not starve a prompt
             grants.append(grant)
             free -= grant.rows
     if grants:
         free = min(free, CHUNK_BESIDE_TREES)
     for i, want in enumerate(wants):
         chain = min(want.chain - 1, free)  # the root stays behind: its row makes the token
-        if chain > 0 and _answer(i, want, max_rows) is None:
+        if chain > 0 and answers[i] is None:
             grants.append(Grant(i, chain, False))
             free -= chain
     return grants

@@ -30,7 +30,7 @@ class Text:
 
 
 class SpeculativeEngine:
-    """`target` and `draft` are model directories, or an Engine and a Drafter that are loaded already."""
+    """`target` and `draft` are model directories, or an Engine and a Drafter that are loaded already, one of these for each SpeculativeEngine."""
 
     def __init__(
         self, target: str | Path | Engine, draft: str | Path | Drafter, config: DraftConfig | None = None, *,
@@ -38,6 +38,8 @@ class SpeculativeEngine:
     ) -> None:  # fmt: skip
         if not isinstance(target, Engine):
             target = Engine.from_pretrained(target, device=device, dtype=dtype, sizes=sizes, progress=progress)
+        if isinstance(draft, Drafter) and config is not None:
+            raise ValueError("config is given, but the Drafter has its own already: leave one of them out")
         if not isinstance(draft, Drafter):
             draft = Drafter.from_pretrained(draft, config, device=device, dtype=dtype, progress=progress)
         self.engine, self.drafter = target, draft
@@ -46,12 +48,18 @@ class SpeculativeEngine:
             raise PairError("draft and target have different tokenizers: a draft must share the target's vocabulary")
         self._texts: dict[Sequence, Text] = {}
 
-    def generate(self, prompts: Iterable[str | list[int]], params: SamplingParams | None = None) -> list[Completion]:
+    def generate(self, prompts: str | Iterable[str | list[int]], params: SamplingParams | None = None) -> list[Completion]:
         """Complete all prompts, batched; ids as Engine.generate gives them."""
-        texts = [self._start(p, params or SamplingParams()) for p in prompts]
-        while any(t.output.completion is None for t in texts):
-            self._round()
-        return [t.output.completion for t in texts if t.output.completion is not None]
+        texts: list[Text] = []
+        try:
+            for p in [prompts] if isinstance(prompts, str) else prompts:
+                texts.append(self._start(p, params or SamplingParams()))
+            while any(t.output.completion is None for t in texts):
+                self._round()
+            return [t.output.completion for t in texts if t.output.completion is not None]
+        finally:
+            for t in texts:
+                self._end(t)
 
     def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Generator[Chunk]:
         """Complete one prompt piece by piece; the last chunk holds the completion. Dropping the iterator cancels the text."""
@@ -67,7 +75,7 @@ class SpeculativeEngine:
 
     def _start(self, prompt: str | list[int], params: SamplingParams) -> Text:
         sequence = self.engine.open(self.engine.encode(prompt), params)
-        session = self.drafter.open(sequence.tokens, sequence.params, sequence.limit, sequence.stop)
+        session = self.drafter.open(sequence.tokens, sequence.params, sequence.limit, sequence.stop, self.engine.vocab)
         if session is None:
             self.engine.run_until(sequence, sequence.limit)
         assert sequence.params.seed is not None
@@ -86,7 +94,8 @@ class SpeculativeEngine:
             text.offered = len(tree)
             self.engine.offer(text.sequence, tree)
         for verdict in self.engine.step():
-            self._take(self._texts[verdict.sequence], verdict)
+            if verdict.sequence in self._texts:  # else the engine's own caller gets it
+                self._take(self._texts[verdict.sequence], verdict)
 
     def _take(self, text: Text, verdict: Verdict) -> None:
         s = text.output.speculation

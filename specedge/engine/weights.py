@@ -69,9 +69,11 @@ def read_config(path: Path) -> ModelConfig:
     file = path / "config.json"
     raw = read_json(file)
     names = raw.get("architectures") or ["none"]
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(names, list) or not isinstance(rope, dict):
+        raise ModelError(f"{file}: architectures must be a list and rope_parameters an object")
     if names[0] not in ARCHITECTURES:
         raise ModelError(f"{file}: architecture {names[0]} is not supported, only {', '.join(ARCHITECTURES)} is")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ModelError(f"{file}: rope type {kind!r} is not supported, only 'default' is")
@@ -91,7 +93,7 @@ def read_config(path: Path) -> ModelConfig:
             ffn=raw["intermediate_size"],
             vocab=raw["vocab_size"],
             norm_eps=float(raw["rms_norm_eps"]),
-            rope_theta=float(raw.get("rope_theta", rope.get("rope_theta", 10000.0))),
+            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
             max_positions=raw["max_position_embeddings"],
             tied=bool(raw.get("tie_word_embeddings", False)),
             eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
@@ -109,7 +111,8 @@ def shards(path: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise ModelError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
-    names = set(read_json(index).get("weight_map", {}).values())
+    table = read_json(index).get("weight_map")
+    names = set(table.values()) if isinstance(table, dict) else set()
     if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
         raise ModelError(f"{index} has no weight_map of files beside it")
     return [path / name for name in sorted(names)]
@@ -137,7 +140,10 @@ class Reader:
         found = tuple(handle.get_slice(name).get_shape())
         if found != shape:
             raise ModelError(f"{file}: tensor {name} has shape {list(found)}, config.json asks for {list(shape)}")
-        tensor: Tensor = handle.get_tensor(name).to(self._device, self._dtype)
+        try:
+            tensor: Tensor = handle.get_tensor(name).to(self._device, self._dtype)
+        except torch.OutOfMemoryError:
+            raise ModelError(f"{file} does not fit the memory of {self._device}: use a smaller model or dtype") from None
         self._step()
         return tensor
 
@@ -146,14 +152,17 @@ class Reader:
         return torch.cat([self.get(name, rows, width) for name, rows in names])
 
 
-def fingerprint(path: Path) -> bytes:
-    """sha256 over config.json and the headers of all shards: names, shapes and sizes, which are cheap to read and tell models apart."""
-    digest = hashlib.sha256((path / "config.json").read_bytes())
+def fingerprint(path: Path, dtype: torch.dtype) -> bytes:
+    """sha256 over dtype, config.json, and of every shard the size, the header and 64 kB at both ends of the data: cheap to read, and a model and its
+    fine-tune differ in it."""
+    digest = hashlib.sha256(f"{dtype}".encode() + (path / "config.json").read_bytes())
     for file in shards(path):
+        size = file.stat().st_size
         with file.open("rb") as f:
-            size = min(int.from_bytes(f.read(8), "little"), 1 << 26)
-            digest.update(f.read(size))
-        digest.update(str(file.stat().st_size).encode())
+            header = min(int.from_bytes(f.read(8), "little"), 1 << 26)
+            digest.update(f"{size}".encode() + f.read(header + (1 << 16)))
+            f.seek(max(0, size - (1 << 16)))
+            digest.update(f.read())
     return digest.digest()
 
 

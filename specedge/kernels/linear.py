@@ -16,7 +16,10 @@ class Linear:
     """`x [R, K]` -> `x W^T [R, N]` for a weight `[N, K]`."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        able = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if weight.dtype == torch.bfloat16:
+            able = able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.packed = able and weight.device.type == "cpu"
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_FOR_ROWS) if self.packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -24,14 +24,14 @@ class ServerError(SpecedgeError):
 
 def endpoint(address: str) -> tuple[str, int]:
     """Host and port of `specedge://host:port`."""
-    parts = urlsplit(address)
     try:
+        parts = urlsplit(address)
         host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    if parts.scheme != "specedge" or not host or not port:
-        raise ServerError(f"{address!r} is no server address: write it as specedge://HOST:PORT")
-    return host, port
+        if parts.scheme == "specedge" and host and port and host.encode("idna"):
+            return host, port
+    except ValueError:  # UnicodeError, of names that no host can have, is one too
+        pass
+    raise ServerError(f"{address!r} is no server address: write it as specedge://HOST:PORT")
 
 
 class Connection:
@@ -39,7 +39,7 @@ class Connection:
 
     def __init__(self, address: str, tokenizer: bytes, timeout: float = 5.0) -> None:
         host, port = endpoint(address)
-        self.address = address
+        self.address, self._tokenizer = address, tokenizer
         try:  # a plain connection first: ZeroMQ retries in silence where there is nothing to connect to
             socket.create_connection((host, port), timeout).close()
         except OSError as e:
@@ -54,14 +54,23 @@ class Connection:
             self.socket.setsockopt(option, value)
         try:
             self.socket.connect(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
-            self.welcome = self._greet(tokenizer, timeout)
+            self.welcome = self._welcomed(timeout)
+            self.socket.setsockopt(zmq.SNDTIMEO, 1000)  # from here on a full or lost connection is a fault
         except BaseException:
             self.close()
             raise
 
-    def _greet(self, tokenizer: bytes, timeout: float) -> wire.Welcome:
+    def greet(self) -> None:
+        """Say HELLO, which may be repeated at any time."""
+        self.send(wire.Hello(f"specedge {__version__}", self._tokenizer))
+
+    def _welcomed(self, timeout: float) -> wire.Welcome:
+        strange = ServerError(f"{self.address} does not answer as a specedge server within {timeout:.0f} s: check the port")
         end = time.monotonic() + timeout
-        self.send(wire.Hello(f"specedge {__version__}", tokenizer))
+        try:
+            self.greet()
+        except ServerError:
+            raise strange from None
         while (left := end - time.monotonic()) > 0:
             if self.socket.poll(int(left * 1000) + 1):
                 for message, _size in self.receive():
@@ -69,7 +78,7 @@ class Connection:
                         return message
                     if isinstance(message, wire.Error):
                         raise ServerError(f"the server at {self.address} refuses: {message.text}", message.code)
-        raise ServerError(f"{self.address} does not answer as a specedge server within {timeout:.0f} s: check the port")
+        raise strange
 
     def send(self, message: wire.Message) -> int:
         """Send a message; returns the bytes of its frame."""

@@ -62,6 +62,8 @@ class Edge:
         self, server: str, draft: str | Path | Drafter | None = None, *, tokenizer: str | Path | Tokenizer | None = None,
         config: DraftConfig | None = None, device: str | None = None, dtype: str | None = None, progress: bool = False,
     ) -> None:  # fmt: skip
+        if isinstance(draft, Drafter) and config is not None:
+            raise ValueError("config is given, but the Drafter has its own already: leave one of them out")
         if isinstance(draft, str | Path):
             draft = Drafter.from_pretrained(draft, config, device=device, dtype=dtype, progress=progress)
         if isinstance(tokenizer, str | Path):
@@ -88,11 +90,13 @@ class Edge:
     # ------------------------------------------------------------------------------------------------------------------
     # the caller's side
 
-    def generate(self, prompts: Iterable[str | list[int]], params: SamplingParams | None = None) -> list[Completion]:
+    def generate(self, prompts: str | Iterable[str | list[int]], params: SamplingParams | None = None) -> list[Completion]:
         """Complete all prompts at once; ids as the target alone gives them. Raises the first ServerError."""
-        texts = [self._begin(p, params or SamplingParams()) for p in prompts]
+        texts: list[Text] = []
         try:
-            return [[c for c in self._chunks(t) if c.completion][0].completion or _never() for t in texts]
+            for p in [prompts] if isinstance(prompts, str) else prompts:
+                texts.append(self._begin(p, params or SamplingParams()))
+            return [c.completion for t in texts for c in self._chunks(t) if c.completion]
         finally:
             for t in texts:
                 self._tell(t, False)
@@ -125,6 +129,8 @@ class Edge:
             prompt = self.tokenizer.encode(prompt)
         if not prompt:
             raise ServerError("the prompt holds no tokens, at least one is needed")
+        if not all(isinstance(i, int) and 0 <= i < 2**32 for i in prompt):
+            raise ServerError("the prompt holds something that is no token id")
         if self._closing:
             raise ServerError("this edge is closed")
         params = params.with_seed()
@@ -215,22 +221,19 @@ class Edge:
         w, p = self._connection.welcome, text.params
         stop = sorted({*p.stop_ids, *(() if p.ignore_eos else w.eos_ids)})
         assert p.seed is not None
-        try:
-            first = wire.Open(
-                text.id, wire.pack_ids(text.tokens[: wire.CHUNK]), len(text.tokens), text.prompt_len, wire.Sampling(float(p.temperature), p.seed),
-                stop, p.max_tokens,
-            )  # fmt: skip
-        except (ValueError, OverflowError):
-            text.inbox.put(ServerError("the prompt holds something that is no token id"))
-            return
+        first = wire.Open(
+            text.id, wire.pack_ids(text.tokens[: wire.CHUNK]), len(text.tokens), text.prompt_len, wire.Sampling(float(p.temperature), p.seed),
+            stop, p.max_tokens,
+        )  # fmt: skip
+        if not self._texts:  # the server forgets who was idle, and ZeroMQ reconnects in silence: greet again
+            self._connection.greet()
         self._texts[text.id] = text
-        text.heard = time.monotonic()
         self._send(text, first)
         for at in range(wire.CHUNK, len(text.tokens), wire.CHUNK):
             self._send(text, wire.Prompt(text.id, at, wire.pack_ids(text.tokens[at : at + wire.CHUNK])))
         text.budget = w.limits.max_nodes
         if self._drafter is not None and self._drafter.config.tree_size:
-            text.session = self._drafter.open(text.tokens, p, text.prompt_len + p.max_tokens, frozenset(stop))
+            text.session = self._drafter.open(text.tokens, p, text.prompt_len + p.max_tokens, frozenset(stop), w.vocab)
 
     def _submit(self, text: Text) -> None:
         """Send the next round: the tree, or, where nothing can be drafted any more, leave to decode alone."""
@@ -242,7 +245,7 @@ class Edge:
             else:
                 tree = self._drafter.submit(text.session, min(self._drafter.config.tree_size, text.budget))
         text.alone = text.session is None
-        text.round, text.sent = text.round + 1, tree
+        text.round, text.sent, text.heard = text.round + 1, tree, time.monotonic()
         self._send_round(text)
 
     def _send_round(self, text: Text) -> None:
@@ -255,6 +258,8 @@ class Edge:
     def _handle(self, message: wire.Message, size: int) -> None:
         text = self._texts.get(getattr(message, "session", b""))
         if text is None:
+            if isinstance(message, wire.Welcome) and message.model != self._connection.welcome.model:
+                raise ServerError(f"{self._address} serves another model than before: connect again")
             if isinstance(message, wire.Error) and message.session == wire.NO_SESSION:
                 raise ServerError(f"the server refuses: {message.text}", message.code)
             return  # of a text that has ended
@@ -265,20 +270,22 @@ class Edge:
         if isinstance(message, wire.Verdict):
             self._verdict(text, message)
         elif isinstance(message, wire.Error):
-            self._fail(text, ServerError(f"the server refuses: {message.text}", message.code))
+            self._give_up(text, ServerError(f"the server refuses: {message.text}", message.code))
 
     def _verdict(self, text: Text, m: wire.Verdict) -> None:
         """Check a verdict against the text and the tree, and take what is new of it."""
         known = len(text.tokens)
         if text.sent is None or m.round != text.round or m.base != known:
             return  # of a round that is answered, or a gap, which the next resend closes
+        if not (m.row or m.tokens or m.finish):
+            return  # nothing new yet: the server lives, and has the round
         try:
             tokens = wire.unpack_ids(m.tokens).tolist()
             path = [int(text.sent.tokens[r - 1]) for r in text.sent.path(m.row)]
         except (wire.WireError, IndexError):
             tokens, path = [], []
         if not tokens or max(tokens) >= self._connection.welcome.vocab or known + len(path) + len(tokens) > text.prompt_len + text.params.max_tokens:
-            self._fail(text, ServerError("the server sent a verdict that does not continue this text"))
+            self._give_up(text, ServerError("the server sent a verdict that does not continue this text"))
             return
         s = text.output.speculation
         s = replace(s, rounds=s.rounds + 1, drafted=s.drafted + len(text.sent), accepted=s.accepted + len(path))
@@ -289,9 +296,9 @@ class Edge:
         text.budget = m.row_budget
         text.tokens += path + tokens
         text.sent = EMPTY if text.alone else None
+        text.inbox.put(text.output.add(path + tokens, wire.FINISH[m.finish]))
         if m.finish:
             self._end(text, wire.Close(text.id))
-        text.inbox.put(text.output.add(path + tokens, wire.FINISH[m.finish]))
 
     def _send(self, text: Text, message: wire.Message) -> None:
         size = self._connection.send(message)
@@ -306,9 +313,15 @@ class Edge:
             self._send(text, last)
 
     def _fail(self, text: Text, error: SpecedgeError) -> None:
+        """End a text that the server holds no more, or that it cannot be told of."""
         text.inbox.put(error)
         if self._texts.pop(text.id, None) is not None and text.session is not None and self._drafter is not None:
             self._drafter.close(text.session)
+
+    def _give_up(self, text: Text, error: SpecedgeError) -> None:
+        """End a text that the server may still hold."""
+        text.inbox.put(error)
+        self._end(text, wire.Cancel(text.id))
 
     def _patience(self) -> int:
         """Milliseconds until the next round may have to be sent again."""
@@ -322,10 +335,7 @@ class Edge:
             if text.sent is None or now < text.resend:
                 continue
             if now - text.heard > PATIENCE:
-                self._fail(text, ServerError(f"{self._address} has not answered for {PATIENCE:.0f} s: check the network and the server"))
+                self._give_up(text, ServerError(f"{self._address} has not answered for {PATIENCE:.0f} s: check the network and the server"))
             else:
                 self._send_round(text)
 
-
-def _never() -> Completion:
-    raise AssertionError("the last chunk of a text holds its completion")

@@ -22,6 +22,7 @@ from specedge.net import wire
 from specedge.net.sessions import Reply, Sessions
 
 log = logging.getLogger(__name__)
+INBOX = 256  # messages that may wait for the engine: of the largest size they are 16 MB
 Inbound = tuple[bytes, wire.Message | None]  # None: the peer is gone
 
 
@@ -46,6 +47,8 @@ class Server:
     """Serves `engine` on `listen` until `stop`. Binds at construction: `endpoint` then holds the real address."""
 
     def __init__(self, engine: Engine, listen: str = "tcp://127.0.0.1:0", *, model: bytes = b"", insecure: bool = False) -> None:
+        if not listen.startswith(("tcp://", "ipc://")):
+            raise ListenError(f"{listen!r} is no address to listen on: write it as tcp://HOST:PORT")
         if not insecure and not is_private(listen):
             raise ListenError(f"{listen} can be reached from other machines, and traffic is not encrypted: listen on 127.0.0.1, or pass --insecure")
         self._sessions = Sessions(engine, model)
@@ -82,11 +85,16 @@ class Server:
         hurry, end = hurry or threading.Event(), time.monotonic() + drain
         while len(self._sessions) and time.monotonic() < end and not hurry.wait(0.02):
             pass
-        self._stopping.set()
-        self._engine_thread.join()
-        self._silent.set()
-        self._network_thread.join()
-        self._context.destroy()
+        for event, thread in ((self._stopping, self._engine_thread), (self._silent, self._network_thread)):
+            event.set()
+            if thread.ident is not None:
+                thread.join()
+        self._context.destroy(linger=500)
+
+    @property
+    def alive(self) -> bool:
+        """Whether both threads run."""
+        return self._engine_thread.is_alive() and self._network_thread.is_alive()
 
     def __enter__(self) -> "Server":
         self.start()
@@ -103,31 +111,34 @@ class Server:
         wake.connect("inproc://wake")
         expire_at = 0.0
         while not self._stopping.is_set():
-            replies = self._apply(idle=not self._engine.busy)
+            self._reply(wake, self._apply(idle=not self._engine.busy))
             if self._engine.busy:
-                replies += self._step()
+                self._reply(wake, self._step())
             if (now := time.monotonic()) > expire_at:
                 self._sessions.expire(now)
                 expire_at = now + 1.0
-            if replies:
-                self._outbox.extend(replies)
-                with contextlib.suppress(zmq.Again):  # so many wake-ups are under way that one more is not needed
-                    wake.send(b"", zmq.NOBLOCK)
+        self._reply(wake, self._sessions.end("draining", "the server has shut down: connect to another one"))
         wake.close(linger=0)
 
+    def _reply(self, wake: zmq.Socket[bytes], replies: list[Reply]) -> None:
+        if replies:
+            self._outbox.extend(replies)
+            with contextlib.suppress(zmq.Again):  # so many wake-ups are under way that one more is not needed
+                wake.send(b"", zmq.NOBLOCK)
+
     def _apply(self, idle: bool) -> list[Reply]:
-        """Take all messages that have come; when idle, wait for one."""
+        """Take the messages that have come, but not for ever; when idle, wait for one."""
         replies: list[Reply] = []
         try:
-            peer, message = self._inbox.get(timeout=0.1) if idle else self._inbox.get_nowait()
-            while True:
+            for i in range(INBOX):
+                peer, message = self._inbox.get(timeout=0.1) if idle and i == 0 else self._inbox.get_nowait()
                 if message is None:
                     self._sessions.forget(peer)
                 else:
                     replies += self._sessions.handle(peer, message, time.monotonic())
-                peer, message = self._inbox.get_nowait()
         except queue.Empty:
-            return replies
+            pass
+        return replies
 
     def _step(self) -> list[Reply]:
         begun = time.monotonic()
@@ -135,7 +146,7 @@ class Server:
             found = self._engine.step()
         except Exception:
             log.exception("a step failed; all sessions are dropped")
-            return self._sessions.fail()
+            return self._sessions.end("internal", "the server failed in a step and dropped this session: open it again")
         now = time.monotonic()
         return self._sessions.verdicts(found, now, now - begun)
 
@@ -149,6 +160,8 @@ class Server:
         poller.register(self._router, zmq.POLLIN)
         poller.register(wake, zmq.POLLIN)
         while not self._silent.is_set():
+            # an engine that is behind leaves the rest to ZeroMQ, whose queues are bounded too
+            poller.modify(self._router, zmq.POLLIN if self._inbox.qsize() < INBOX else 0)
             ready = dict(poller.poll(100))
             if wake in ready:
                 wake.recv()

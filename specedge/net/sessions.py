@@ -57,6 +57,10 @@ class Sessions:
     _table: dict[tuple[bytes, bytes], Remote] = field(default_factory=dict)
     _owner: dict[request.Sequence, Remote] = field(default_factory=dict)
 
+    @property
+    def _max_nodes(self) -> int:
+        return min(MAX_NODES, self.engine.runner.sizes.max_rows - 1)
+
     def __len__(self) -> int:
         return len(self._table)
 
@@ -78,12 +82,12 @@ class Sessions:
         """Messages for what a step of `spent` seconds found."""
         return [(r.peer, self._verdict(r, v, now, spent)) for v in found if (r := self._owner.get(v.sequence))]
 
-    def fail(self) -> list[Reply]:
-        """Drop every session after a fault of the engine."""
+    def end(self, code: str, text: str) -> list[Reply]:
+        """Drop every session, telling its edge why."""
         lost = list(self._table.items())
         for key, _ in lost:
             self._drop(key)
-        return [(r.peer, Error(key[1], "internal", "the server failed in a step and dropped this session: open it again")) for key, r in lost]
+        return [(r.peer, Error(key[1], code, text)) for key, r in lost]
 
     def expire(self, now: float) -> None:
         """Close what has been silent for longer than its lease, and forget peers that have nothing open."""
@@ -125,7 +129,7 @@ class Sessions:
         if m.tokenizer and tokenizer and m.tokenizer != tokenizer:
             raise Refused("tokenizer", "the draft's tokenizer is not the target's: use a draft with the same vocabulary, or none")
         self._peers[peer] = now
-        limits = wire.Limits(min(MAX_NODES, self.engine.runner.sizes.max_rows - 1), self.engine.runner.context, self.max_sessions)
+        limits = wire.Limits(self._max_nodes, self.engine.runner.context, self.max_sessions)
         build = f"specedge {__version__}"
         return wire.Welcome(build, self.model, tokenizer, self.engine.vocab, list(self.engine.eos_ids), limits, int(self.lease * 1000))
 
@@ -172,7 +176,7 @@ class Sessions:
         if s is None:
             raise Refused("offset", f"{len(r.tokens)} of {r.opened.length} tokens are here: send the rest before a round")
         if m.round == r.round and r.round:
-            return [] if r.flying else self._repeat(r, m)
+            return self._repeat(r, m)
         if r.flying or m.round != r.round + 1:
             raise Refused("round", f"round {m.round} came, but round {r.round} {'awaits its verdict' if r.flying else 'was the last'}")
         if m.base > len(s.tokens):
@@ -199,21 +203,21 @@ class Sessions:
             raise Refused("base", f"the text has {known} tokens here, round {m.round} builds on {m.base}")
         if r.last is not None and r.last.base == m.base and r.last.round == m.round:
             return [r.last]
-        return [self._catch_up(r, m.base)] if m.base < known or r.sequence.finish else []
+        return [self._catch_up(r, m.base)]
 
     def _catch_up(self, r: Remote, base: int) -> wire.Verdict:
         """All tokens from `base` on, for an edge that is behind; as many as one frame holds."""
         assert r.sequence is not None
         tokens = r.sequence.tokens[base : base + wire.CHUNK]
         finish = r.sequence.finish if base + len(tokens) == len(r.sequence.tokens) else ""
-        return wire.Verdict(r.opened.session, r.round, base, 0, wire.pack_ids(tokens), 0, wire.FINISH.index(finish), MAX_NODES, 0, 0)
+        return wire.Verdict(r.opened.session, r.round, base, 0, wire.pack_ids(tokens), 0, wire.FINISH.index(finish), self._max_nodes, 0, 0)
 
     def _verdict(self, r: Remote, v: request.Verdict, now: float, spent: float) -> wire.Verdict:
         r.heard = now  # whoever is being served is not silent
         queue = max(0.0, now - r.taken - spent) if r.flying else 0.0
         message = wire.Verdict(
             r.opened.session, r.round, v.base, v.row, wire.pack_ids(list(v.tokens)), min(v.verified, 2**16 - 1),
-            wire.FINISH.index(v.finish), MAX_NODES, min(int(queue * 1e6), 2**32 - 1), min(int(spent * 1e6), 2**32 - 1),
+            wire.FINISH.index(v.finish), self._max_nodes, min(int(queue * 1e6), 2**32 - 1), min(int(spent * 1e6), 2**32 - 1),
         )  # fmt: skip
         if r.flying:
             r.last = message

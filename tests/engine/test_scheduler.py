@@ -69,3 +69,8 @@ def test_a_joining_prompt_leaves_room_for_rounds() -> None:
 def test_a_plain_decode_takes_the_rest_of_its_prompt_in_one_go() -> None:
     assert schedule([Want(300, True)], 512) == [Grant(0, 300, True)]
     assert schedule([Want(600, True)], 512) == [Grant(0, 512, False)]
+
+
+def test_the_rounds_of_many_do_not_starve_a_prompt() -> None:
+    grants = schedule([Want(300, True, 31)] + [Want(1, True, 31)] * 17, 512)
+    assert Grant(0, CHUNK_BESIDE_TREES, False) in grants and len(grants) >= 14
