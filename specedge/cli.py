@@ -92,6 +92,7 @@ def _serve(args: argparse.Namespace) -> int:
     print(f"ready {serving.endpoint}", flush=True)
     while not stop.wait(1.0):
         if not serving.alive:
+            serving.stop()
             raise SpecedgeError("a thread of the server has died: see the error above, and start it again")
     stop.clear()
     _say("specedge-server: draining; a second signal ends it at once")

@@ -98,6 +98,8 @@ class Connection:
             except zmq.Again:
                 return messages
             try:
+                if len(frames) != 1:
+                    raise wire.WireError(f"a message of {len(frames)} frames; one is allowed")
                 messages.append((wire.decode(frames[0]), len(frames[0])))
             except wire.WireError as e:
                 raise ServerError(f"{self.address} does not speak this protocol: {e}") from None

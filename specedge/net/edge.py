@@ -196,6 +196,7 @@ class Edge:
             self._take_commands()
             for message, size in self._connection.receive():
                 self._handle(message, size)
+            self._chase()  # only now: after a stall the verdict may have been waiting in the socket
             for text in list(self._texts.values()):
                 if text.sent is None and (text.session is None or (self._drafter and self._drafter.ready(text.session))):
                     self._submit(text)
@@ -203,7 +204,6 @@ class Edge:
             ready = dict(poller.poll(0 if grew else self._patience()))
             if self._door.fileno() in ready:
                 self._door.recv(4096)
-            self._chase()
 
     def _take_commands(self) -> None:
         while True:

@@ -44,11 +44,15 @@ def is_private(endpoint: str) -> bool:
 
 
 class Server:
-    """Serves `engine` on `listen` until `stop`. Binds at construction: `endpoint` then holds the real address."""
+    """Serves `engine` on `listen` until `stop`, which must be called even if `start` never was. Binds at construction: `endpoint` then holds the
+    real address, and `address` what an Edge on this machine is given."""
 
     def __init__(self, engine: Engine, listen: str = "tcp://127.0.0.1:0", *, model: bytes = b"", insecure: bool = False) -> None:
         if not listen.startswith(("tcp://", "ipc://")):
             raise ListenError(f"{listen!r} is no address to listen on: write it as tcp://HOST:PORT")
+        port = listen.rsplit(":", 1)[-1]
+        if listen.startswith("tcp://") and not (port == "*" or (port.isdecimal() and int(port) < 65536)):  # libzmq takes it modulo 65536
+            raise ListenError(f"cannot listen on {listen}: the port must be a number from 0 to 65535")
         if not insecure and not is_private(listen):
             raise ListenError(f"{listen} can be reached from other machines, and traffic is not encrypted: listen on 127.0.0.1, or pass --insecure")
         self._sessions = Sessions(engine, model)
@@ -70,7 +74,7 @@ class Server:
             self._context.destroy(linger=0)
             raise ListenError(f"cannot listen on {listen}: {e.strerror}") from None
         self.endpoint: str = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
-        self.address = self.endpoint.replace("tcp://", "specedge://")  # what an Edge on this machine is given
+        self.address = self.endpoint.replace("tcp://", "specedge://")
         self._engine_thread = threading.Thread(target=self._engine_loop, name="specedge-engine")
         self._network_thread = threading.Thread(target=self._network_loop, name="specedge-network")
 
