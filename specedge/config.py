@@ -114,8 +114,8 @@ class DraftConfig:
     tree_size: int = 31
     width: int = 8
     branch: int = 8
-    depth: int = 8  # draft forwards before a tree must be submitted
-    min_gain: float = 0.1  # expected tokens that the last forward must have added for another one to start
+    depth: int = 12  # draft forwards before a tree must be submitted
+    min_gain: float = 0.05  # expected tokens that the last forward must have added for another one to start
     tau: float = 1.0  # how far the draft's probabilities are trusted beside the shared noise
     proactive: bool = True  # keep growing while the verdict is in flight
     max_sessions: int = 8

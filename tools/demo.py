@@ -60,7 +60,7 @@ def main() -> int:
         print("DIFFERENT")
         return 1
     print("identical")
-    print("This demo shows correctness. Speed is measured by the benchmarks under bench/ (see README).")
+    print("This demo shows correctness, not speed: that is measured by `python -m bench.step` (see README).")
     return 0
 
 

@@ -1,0 +1,113 @@
+"""Losslessness is equality of ids: Engine = SpeculativeEngine = Edge, whatever drafts, however many share the server, at any temperature.
+
+`make test` runs a set of cells in which every pair of values occurs; `make test-full` runs them all.
+"""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from specedge.cli import DEMO
+from specedge.config import DraftConfig, EngineConfig, SamplingParams
+from specedge.engine.drafter import Drafter
+from specedge.engine.engine import Engine
+from specedge.engine.speculative import SpeculativeEngine
+from specedge.net.edge import Edge
+from specedge.net.server import Server
+from specedge.text import Tokenizer
+from tests.helpers import check_empty, random_model
+
+PROMPTS = [
+    "def fibonacci(n):", "import os\n\n\nclass Reader:\n    def __init__(self, path):\n", "\n", "    for i in range(",
+    "try:\n    import json\nexcept", "# " + "the quick brown fox " * 12,
+]  # fmt: skip
+TOKENS = 40
+TEMPERATURES, SIZES, SESSIONS, DRAFTS = (0.0, 0.7, 1.0), (0, 1, 7, 31, 63), (1, 6), ("shipped", "random", "target")
+Cell = tuple[float, int, int, str]
+
+
+def pairwise(*values: tuple[object, ...]) -> set[tuple[object, ...]]:
+    """Few cells of the product such that every pair of values of two factors occurs, chosen greedily and always alike."""
+    cells = list(itertools.product(*values))
+
+    def pairs(cell: tuple[object, ...]) -> set[tuple[int, int, object, object]]:
+        return {(i, j, cell[i], cell[j]) for i, j in itertools.combinations(range(len(cell)), 2)}
+
+    missing = set().union(*map(pairs, cells))
+    chosen = set()
+    while missing:
+        best = max(cells, key=lambda c: len(pairs(c) & missing))
+        chosen.add(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def cells() -> Iterator[object]:
+    short = pairwise(TEMPERATURES, SIZES, SESSIONS, DRAFTS)
+    for cell in itertools.product(TEMPERATURES, SIZES, SESSIONS, DRAFTS):
+        yield pytest.param(cell, id="-".join(map(str, cell)), marks=[] if cell in short else [pytest.mark.full])
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.from_pretrained(DEMO / "target", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def truth(engine: Engine) -> dict[float, list[list[int]]]:
+    """What the target writes by itself, one text at a time."""
+    found = {t: [engine.generate([p], params(t))[0].token_ids for p in PROMPTS] for t in TEMPERATURES}
+    check_empty(engine)
+    return found
+
+
+@pytest.fixture(scope="module")
+def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    noise = random_model(tmp_path_factory.mktemp("noise"), 8, vocab_size=4096, max_position_embeddings=1024)
+    (noise / "tokenizer.json").write_bytes((DEMO / "draft" / "tokenizer.json").read_bytes())
+    return {"shipped": DEMO / "draft", "random": noise, "target": DEMO / "target"}
+
+
+def params(temperature: float) -> SamplingParams:
+    return SamplingParams(temperature, TOKENS, seed=21)
+
+
+def drafter(path: Path, size: int) -> Drafter:
+    return Drafter.from_pretrained(path, DraftConfig(tree_size=size, engine=EngineConfig(kv_tokens=2048, max_rows=256)), device="cpu")
+
+
+@pytest.mark.parametrize("cell", list(cells()))
+def test_ids_are_equal(cell: Cell, engine: Engine, truth: dict[float, list[list[int]]], drafts: dict[str, Path]) -> None:
+    temperature, size, sessions, draft = cell
+    want, prompts = truth[temperature][:sessions], PROMPTS[:sessions]
+    here = SpeculativeEngine(engine, drafter(drafts[draft], size))
+    done = here.generate(prompts, params(temperature))
+    assert [c.token_ids for c in done] == want
+    check_empty(engine)
+    here.drafter.pool.check()
+    if draft == "target" and size >= 31 and temperature == 0.0:
+        assert all(c.speculation.tokens_per_round(TOKENS) > 2 for c in done), "a perfect draft must pay"
+
+    with Server(engine) as server:
+        with Edge(server.address, drafter(drafts[draft], size)) as edge:
+            over = edge.generate(prompts, params(temperature))
+        assert [c.token_ids for c in over] == want
+        assert [c.text for c in over] == [c.text for c in done]
+        while len(server._sessions):
+            pass  # CLOSE is on its way
+    check_empty(engine)
+
+
+def test_the_server_alone_streams_the_same_ids(engine: Engine, truth: dict[float, list[list[int]]]) -> None:
+    with Server(engine) as server, Edge(server.address, tokenizer=Tokenizer.from_dir(DEMO / "target")) as edge:
+        for t in TEMPERATURES:
+            assert [c.token_ids for c in edge.generate(PROMPTS, params(t))] == truth[t]
+
+
+def test_the_pairwise_set_covers_every_pair() -> None:
+    values = (TEMPERATURES, SIZES, SESSIONS, DRAFTS)
+    found = {(i, j, c[i], c[j]) for c in pairwise(*values) for i, j in itertools.combinations(range(4), 2)}
+    want = {(i, j, a, b) for i, j in itertools.combinations(range(4), 2) for a in values[i] for b in values[j]}
+    assert found == want
