@@ -1,0 +1,77 @@
+"""What the benchmarks share: ceilings measured in the same run, medians, and models of random weights in known shapes.
+
+Every benchmark prints the floor first (bytes, operations, ceilings), then the time, then the share of the floor; its last line is one JSON object.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from specedge.config import EngineConfig, ModelConfig
+from specedge.engine.model import Decoder
+from specedge.engine.runner import Runner
+from specedge.engine.weights import LayerWeights, Weights
+from specedge.kernels.linear import Linear
+
+SHAPES = {
+    "60m": ModelConfig(512, 8, 8, 2, 64, 1536, 32000, 1e-6, 1e6, 8192, True),
+    "0.5b": ModelConfig(896, 24, 14, 2, 64, 4864, 151936, 1e-6, 1e6, 8192, True),  # as Qwen2.5-0.5B
+    "1.5b": ModelConfig(1536, 28, 12, 2, 128, 8960, 151936, 1e-6, 1e6, 8192, True),  # as Qwen2.5-1.5B
+}
+
+
+def median_ms(run: Callable[[], object], seconds: float = 2.0, least: int = 5) -> float:
+    """Median time of a call in milliseconds, over at least `least` calls and about `seconds`, after two that do not count."""
+    times: list[float] = []
+    for _ in range(2):
+        run()
+    end = time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < end:
+        begun = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begun) * 1e3)
+    return statistics.median(times)
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What this machine can do now: a streaming sum in GB/s, and the best bf16 product of 512 to 2048 rows in GFLOP/s."""
+    stream = torch.ones(500_000_000, device=device)
+    gb_per_s = stream.numel() * 4 / median_ms(stream.sum) / 1e6
+    del stream
+    best = 0.0
+    weight = torch.randn(4096, 4096).to(device, torch.bfloat16)
+    layer = Linear(weight)
+    for rows in (512, 1024, 2048):
+        x = torch.randn(rows, 4096).to(device, torch.bfloat16)
+        best = max(best, 2 * rows * weight.numel() / median_ms(lambda x=x: layer(x), 1.0) / 1e6)  # type: ignore[misc]
+    return {"stream_gb_per_s": gb_per_s, "gemm_gflop_per_s": best}
+
+
+def random_runner(c: ModelConfig, sizes: EngineConfig, device: torch.device, dtype: torch.dtype) -> Runner:
+    """A runner over random weights, made on the device and never written."""
+    rng = torch.Generator(device).manual_seed(0)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, generator=rng, device=device) / columns**0.5).to(dtype)
+
+    ones = torch.ones(c.hidden, device=device, dtype=dtype)
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    layers = tuple(
+        LayerWeights(
+            ones, Linear(matrix(q + 2 * kv, c.hidden)), Linear(matrix(c.hidden, q)), ones, Linear(matrix(2 * c.ffn, c.hidden)),
+            Linear(matrix(c.hidden, c.ffn)),
+        )
+        for _ in range(c.layers)
+    )  # fmt: skip
+    embedding = matrix(c.vocab, c.hidden)
+    return Runner(Decoder(c, Weights(embedding, layers, ones, Linear(embedding)), c.max_positions), sizes, sizes.max_rows)
+
+
+def weight_bytes(c: ModelConfig, itemsize: int) -> int:
+    """Bytes of weights that a forward pass reads, the output head among them."""
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    return itemsize * (c.layers * c.hidden * (2 * q + 2 * kv + 3 * c.ffn) + c.vocab * c.hidden)
