@@ -27,7 +27,7 @@ def test_the_first_that_has_work_is_served(wants: list[Want], max_rows: int) -> 
     served = {g.index for g in schedule(wants, max_rows)}
     assert bool(served) == bool(work)
     ready = [i for i in work if wants[i].token and wants[i].chain + wants[i].nodes <= min(max_rows, 256)]
-    if ready:
+    if ready and ready[0] == work[0]:  # before it nobody could take a whole step with a tree that had to be cut
         assert ready[0] in served
 
 
