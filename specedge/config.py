@@ -5,6 +5,7 @@ A value out of range is a ValueError that names the field, the value and the ran
 
 import math
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from specedge.tree import MAX_NODES
@@ -69,6 +70,13 @@ class ModelConfig:
     max_positions: int
     tied: bool
     eos_ids: tuple[int, ...] = ()
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of every query and key head before rope
+    windows: tuple[int, ...] = ()  # sliding window of every layer, 0 for none; empty: none anywhere
+    rope_type: str = "default"
+    rope: Mapping[str, float] = field(default_factory=dict)  # what the type needs (engine.rope)
 
     def __post_init__(self) -> None:
         for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_positions"):
@@ -80,6 +88,8 @@ class ModelConfig:
         _require(0 < self.rope_theta < math.inf, "rope_theta", self.rope_theta, "positive and finite")
         _require(all(isinstance(i, int) and 0 <= i < 2**32 for i in self.eos_ids), "eos_ids", self.eos_ids, "token ids")
         _require(len(self.eos_ids) <= 64, "eos_ids", self.eos_ids, "at most 64 ids")
+        _require(len(self.windows) in (0, self.layers), "windows", self.windows, f"empty or one for each of the {self.layers} layers")
+        _require(all(isinstance(w, int) and 0 <= w < 2**31 for w in self.windows), "windows", self.windows, "numbers of tokens")
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values that one token holds over all layers."""

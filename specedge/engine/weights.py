@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from specedge.config import ModelConfig, SpecedgeError
+from specedge.engine.rope import FIELDS
 from specedge.kernels.linear import Linear
 
-ARCHITECTURES = ("LlamaForCausalLM",)
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 class ModelError(SpecedgeError):
@@ -37,6 +38,7 @@ class LayerWeights:
     post_norm: Tensor
     gate_up: Linear
     down: Linear
+    qk_norm: tuple[Tensor, Tensor] | None = None  # of query and key heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,15 @@ def read_config(path: Path) -> ModelConfig:
         raise ModelError(f"{file}: architectures must be a list and rope_parameters an object")
     if names[0] not in ARCHITECTURES:
         raise ModelError(f"{file}: architecture {names[0]} is not supported, only {', '.join(ARCHITECTURES)} is")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ModelError(f"{file}: hidden_act is {raw['hidden_act']!r}, only 'silu' is supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ModelError(f"{file}: rope type {kind!r} is not supported, only 'default' is")
-    for name, want in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if raw.get(name, want) != want:
-            raise ModelError(f"{file}: {name} is {raw[name]!r}, only {want!r} is supported")
+    if kind not in FIELDS:
+        raise ModelError(f"{file}: rope type {kind!r} is not supported, only {', '.join(FIELDS)} are")
+    lacking = [name for name in FIELDS[kind] if name not in rope]
+    if lacking:
+        raise ModelError(f"{file}: rope type {kind!r} lacks the field {lacking[0]}")
+    family = names[0].removesuffix("ForCausalLM")
     generation = path / "generation_config.json"
     eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
     try:
@@ -97,11 +102,28 @@ def read_config(path: Path) -> ModelConfig:
             max_positions=raw["max_position_embeddings"],
             tied=bool(raw.get("tie_word_embeddings", False)),
             eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            qkv_bias=raw.get("attention_bias", False) or family == "Qwen2",
+            out_bias=raw.get("attention_bias", False) and family != "Qwen2",
+            mlp_bias=raw.get("mlp_bias", False),
+            qk_norm=family == "Qwen3",
+            windows=_windows(raw, family),
+            rope_type=kind,
+            rope={k: v for k, v in rope.items() if isinstance(v, int | float)},
         )
     except KeyError as e:
         raise ModelError(f"{file} lacks the field {e.args[0]}") from None
     except (ValueError, TypeError, ZeroDivisionError) as e:
         raise ModelError(f"{file}: {e}") from None
+
+
+def _windows(raw: dict[str, Any], family: str) -> tuple[int, ...]:
+    """The sliding window of every layer; empty if no layer has one."""
+    layers, window = raw["num_hidden_layers"], raw.get("sliding_window", 4096)
+    if family == "Llama" or not window or (family != "Mistral" and not raw.get("use_sliding_window", False)):
+        return ()
+    first = 0 if family == "Mistral" else raw.get("max_window_layers", 28)
+    kinds = raw.get("layer_types") or ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
 def shards(path: Path) -> list[Path]:
@@ -147,9 +169,10 @@ class Reader:
         self._step()
         return tensor
 
-    def join(self, names: list[tuple[str, int]], width: int) -> Tensor:
-        """Tensors of (name, rows) stacked by rows."""
-        return torch.cat([self.get(name, rows, width) for name, rows in names])
+    def linear(self, width: int, bias: bool, *parts: tuple[str, int]) -> Linear:
+        """Layers of (name, rows) over inputs of `width`, stacked by rows into one."""
+        weight = torch.cat([self.get(f"{name}.weight", rows, width) for name, rows in parts])
+        return Linear(weight, torch.cat([self.get(f"{name}.bias", rows) for name, rows in parts]) if bias else None)
 
 
 def fingerprint(path: Path, dtype: torch.dtype) -> bytes:
@@ -169,7 +192,8 @@ def fingerprint(path: Path, dtype: torch.dtype) -> bytes:
 def load_weights(path: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, progress: bool) -> Weights:
     """All weights of directory `path` on `device` in `dtype`, with a bar on stderr if `progress`."""
     with ExitStack() as stack:
-        count = 9 * config.layers + 3 - config.tied
+        each = 9 + 3 * config.qkv_bias + config.out_bias + 3 * config.mlp_bias + 2 * config.qk_norm
+        count = each * config.layers + 3 - config.tied
         bar = stack.enter_context(tqdm(total=count, desc=f"loading {path.name}", unit="tensor", disable=not progress, leave=False))
         reader = Reader(shards(path), device, dtype, stack, bar.update)
         embedding = reader.get("model.embed_tokens.weight", config.vocab, config.hidden)
@@ -186,9 +210,10 @@ def _layers(reader: Reader, c: ModelConfig) -> Iterator[LayerWeights]:
         attn, mlp = at + "self_attn.", at + "mlp."
         yield LayerWeights(
             input_norm=reader.get(at + "input_layernorm.weight", c.hidden),
-            qkv=Linear(reader.join([(attn + "q_proj.weight", q), (attn + "k_proj.weight", kv), (attn + "v_proj.weight", kv)], c.hidden)),
-            out=Linear(reader.get(attn + "o_proj.weight", c.hidden, q)),
+            qkv=reader.linear(c.hidden, c.qkv_bias, (attn + "q_proj", q), (attn + "k_proj", kv), (attn + "v_proj", kv)),
+            out=reader.linear(q, c.out_bias, (attn + "o_proj", c.hidden)),
             post_norm=reader.get(at + "post_attention_layernorm.weight", c.hidden),
-            gate_up=Linear(reader.join([(mlp + "gate_proj.weight", c.ffn), (mlp + "up_proj.weight", c.ffn)], c.hidden)),
-            down=Linear(reader.get(mlp + "down_proj.weight", c.hidden, c.ffn)),
+            gate_up=reader.linear(c.hidden, c.mlp_bias, (mlp + "gate_proj", c.ffn), (mlp + "up_proj", c.ffn)),
+            down=reader.linear(c.ffn, c.mlp_bias, (mlp + "down_proj", c.hidden)),
+            qk_norm=(reader.get(attn + "q_norm.weight", c.head_dim), reader.get(attn + "k_norm.weight", c.head_dim)) if c.qk_norm else None,
         )

@@ -13,9 +13,10 @@ PACK_FOR_ROWS = 64  # a hint for oneDNN's blocking; the result does not depend o
 
 
 class Linear:
-    """`x [R, K]` -> `x W^T [R, N]` for a weight `[N, K]`."""
+    """`x [R, K]` -> `x W^T + b [R, N]` for a weight `[N, K]` and perhaps a bias `[N]`."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.bias = bias
         able = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         if weight.dtype == torch.bfloat16:
             able = able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -24,9 +25,9 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.packed:
-            return F.linear(x, self.weight)
+            return F.linear(x, self.weight, self.bias)
         rows = x.shape[0]
         if rows == 1:
             x = x.expand(2, -1)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.weight, None, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.weight, self.bias, "none", [], "")
         return y[:rows]
