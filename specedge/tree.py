@@ -74,6 +74,13 @@ class TokenTree:
             row = int(self.parents[row - 1])
         return rows[::-1]
 
+    def texts(self) -> list[tuple[int, ...]]:
+        """The tokens from below the root down to every row `[N + 1]`; the root's are none."""
+        found: list[tuple[int, ...]] = [()]
+        for token, parent in zip(self.tokens.tolist(), self.parents.tolist(), strict=True):
+            found.append((*found[parent], token))
+        return found
+
     def children(self) -> list[dict[int, int]]:
         """For every row `[N + 1]` its children: token -> row."""
         below: list[dict[int, int]] = [{} for _ in range(len(self) + 1)]

@@ -49,4 +49,12 @@ void gumbel(uint64_t seed, uint32_t position, float* out, int64_t vocab);
 void sample(const float* logits, const float* noise, const int32_t* noise_row, const float* inv_temperature, int64_t* out, int64_t rows,
             int64_t vocab, int64_t limit, bool scalar);
 
+// top_p as float64, min_p as ln(min_p) or -inf; see reference.truncate.
+struct Filters {
+  const float *inv_temperature, *log_min_p;
+  const int32_t* top_k;
+  const double* top_p;
+};
+void truncate(const float* logits, const Filters& f, float* out, int64_t rows, int64_t vocab, int64_t limit);
+
 }  // namespace specedge

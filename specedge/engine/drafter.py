@@ -21,7 +21,7 @@ from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.pages import PagePool, PageTable
 from specedge.engine.runner import Runner
-from specedge.engine.sampler import Key, NoiseCache
+from specedge.engine.sampler import Ask, Sampler
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree, make_tree
 
@@ -48,6 +48,7 @@ class Session:
 
     tokens: list[int]
     params: SamplingParams
+    prompt_len: int
     limit: int  # length at which the text ends at the latest
     stop: frozenset[int]
     vocab: int  # of the target: other ids are not for it
@@ -81,8 +82,7 @@ class Drafter:
         self.runner, self.config, self.tokenizer = runner, config, tokenizer
         self._vocab = vocab = runner.model.config.vocab
         self.pool = PagePool(runner.sizes.pages, runner.sizes.page_size)
-        self._limit = min(vocab, tokenizer.size) if tokenizer else vocab
-        self._noise = NoiseCache(vocab, runner.device)
+        self._sampler = Sampler(vocab, tokenizer.size if tokenizer else vocab, runner.device)
         self._regions = [i * MAX_ROWS_PER_TREE for i in range(config.max_sessions)][::-1]
         self._sessions: list[Session] = []
         self._made = 0  # nodes, for their order
@@ -100,10 +100,11 @@ class Drafter:
     # sessions
 
     def open(
-        self, tokens: list[int], params: SamplingParams, limit: int, stop: frozenset[int] = frozenset(), vocab: int | None = None
-    ) -> Session | None:
-        """A session on `tokens`, whose text ends before `limit` tokens or at an id of `stop`, for a target of `vocab` ids (None: those of the
-        draft). None: no room, go on without drafts."""
+        self, tokens: list[int], params: SamplingParams, limit: int, stop: frozenset[int] = frozenset(), vocab: int | None = None,
+        prompt_len: int | None = None,
+    ) -> Session | None:  # fmt: skip
+        """A session on `tokens`, `prompt_len` of them the prompt (None: all), whose text ends before `limit` tokens or at an id of `stop`, for a target of
+        `vocab` ids (None: those of the draft). None: no room, go on without drafts."""
         limit = min(limit, self.runner.context)
         if not self._regions or len(tokens) >= limit or max(tokens) >= self._vocab:
             return None
@@ -111,7 +112,8 @@ class Drafter:
         if table is None:
             return None
         root, base = self._node(tokens[-1], None, 0.0), self._regions.pop()
-        session = Session(list(tokens), params.with_seed(), limit, stop, vocab or self._vocab, table, base, root)
+        p = prompt_len or len(tokens)
+        session = Session(list(tokens), params.with_seed(), p, limit, stop, vocab or self._vocab, table, base, root)
         self._sessions.append(session)
         return session
 
@@ -285,18 +287,16 @@ class Drafter:
     @torch.inference_mode()
     def _score(self, logits: Tensor, grown: list[tuple[Session, Node]]) -> tuple[list[list[float]], list[list[int]]]:
         """Log-probability and id of the best children of every row: log_softmax((log q + g) / tau), with the noise that the target will use."""
-        keys: list[Key | None] = []
-        for session, node in grown:
-            at = len(session.tokens) - session.root.depth + node.depth  # the position that this row's token samples
-            keys.append(None if session.params.greedy else (session.params.seed or 0, at))
-        inverse = logits.new_tensor([1.0 if s.params.greedy else 1.0 / s.params.temperature for s, _ in grown])
-        log_q = (logits[:, : self._limit] * inverse[:, None]).log_softmax(-1)
+        asks = [Ask(s.params, s.tokens, s.prompt_len, s.stop, [_path(node)]) for s, node in grown]
+        logits, limit = self._sampler.process(logits, asks, looser=True), self._sampler.limit
+        log_q = (logits[:, :limit] * self._sampler.inverse_temperatures(asks)[:, None]).log_softmax(-1)
+        keys = [key for ask in asks for key in ask.keys]
         noisy = [i for i, k in enumerate(keys) if k is not None]
         if noisy:
-            table, where = self._noise.rows([k for k in keys if k is not None])
+            table, where = self._sampler.noise.rows([k for k in keys if k is not None])
             rows = [where[k] for k in keys if k is not None]
-            log_q[noisy] = ((log_q[noisy] + table[rows, : self._limit]) / self.config.tau).log_softmax(-1)
-        values, ids = log_q.topk(min(self.config.branch, self._limit))
+            log_q[noisy] = ((log_q[noisy] + table[rows, :limit]) / self.config.tau).log_softmax(-1)
+        values, ids = log_q.topk(min(self.config.branch, limit))
         return values.tolist(), ids.tolist()
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -312,3 +312,12 @@ class Drafter:
     def _worth(self, session: Session) -> float:
         """Expected number of accepted tokens if the tree were submitted now."""
         return sum(math.exp(n.score - session.root.score) for n in self._best(session, self.config.tree_size))
+
+
+def _path(node: Node) -> list[int]:
+    """Tokens from below the root down to `node`."""
+    tokens: list[int] = []
+    while node.parent is not None:
+        tokens.append(node.token)
+        node = node.parent
+    return tokens[::-1]

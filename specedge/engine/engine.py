@@ -17,7 +17,7 @@ from specedge.engine.batch import BatchBuilder
 from specedge.engine.pages import PagePool
 from specedge.engine.request import Chunk, Completion, Output, Sequence, Verdict, walk
 from specedge.engine.runner import Runner
-from specedge.engine.sampler import Key, Sampler
+from specedge.engine.sampler import Ask, Sampler
 from specedge.engine.scheduler import Grant, Want, schedule
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree
@@ -71,6 +71,8 @@ class Engine:
             raise RequestError("the prompt holds no tokens, at least one is needed")
         if min(tokens) < 0 or max(tokens) >= self.vocab:
             raise RequestError(f"token {max(tokens) if min(tokens) >= 0 else min(tokens)} is outside the vocabulary of {self.vocab}")
+        if any(i >= self.vocab for i, _ in params.logit_bias):
+            raise RequestError(f"logit_bias names token {max(i for i, _ in params.logit_bias)}, outside the vocabulary of {self.vocab}")
         if stop is None:
             stop = frozenset(params.stop_ids if params.ignore_eos else (*params.stop_ids, *self.eos_ids))
         sequence = Sequence(list(tokens), len(tokens) if prompt_len is None else prompt_len, params.with_seed(), stop)
@@ -93,13 +95,16 @@ class Engine:
 
     def cancel(self, sequence: Sequence) -> None:
         """Forget `sequence` and free what it holds; one that has ended already is left as it is."""
+        self._free(sequence)
+        self._outputs.pop(sequence, None)
+
+    def _free(self, sequence: Sequence) -> None:
         for group in (self._waiting, self._running):
             if sequence in group:
                 group.remove(sequence)
         if sequence.table is not None:
             sequence.table.close()
             sequence.table = None
-        self._outputs.pop(sequence, None)
 
     @property
     def busy(self) -> bool:
@@ -124,6 +129,8 @@ class Engine:
             if v.sequence in self._outputs:
                 output, chunks = self._outputs[v.sequence]
                 chunks.append(output.add((*v.path, *v.tokens), v.finish))
+                if output.completion and not v.finish:  # by a stop string
+                    self._free(v.sequence)
         return verdicts
 
     def _admit(self) -> None:
@@ -166,16 +173,13 @@ class Engine:
 
     def _sample(self, batch: BatchBuilder, jobs: list[Job]) -> Iterator[int]:
         """Run the batch and sample every row from each root down, in the order of the jobs."""
-        keys: list[Key | None] = []
-        temperatures: list[float] = []
+        asks = []
         for job in jobs:
             if job.grant.token:
-                p, root = job.sequence.params, len(job.sequence.tokens) - 1
-                assert p.seed is not None
-                keys += [None if p.greedy else (p.seed, root + d + 1) for d in job.tree.depths().tolist()]
-                temperatures += [p.temperature] * (len(job.tree) + 1)
+                s = job.sequence
+                asks.append(Ask(s.params, s.tokens, s.prompt_len, s.stop, job.tree.texts()))
         logits = self.runner.run(batch)
-        return iter(self._sampler(logits, keys, temperatures) if keys else [])
+        return iter(self._sampler(logits, asks) if asks else [])
 
     def _accept(self, job: Job, sampled: Iterator[int]) -> Verdict | None:
         """Walk the tree, commit the K/V of what was accepted, extend the text."""
@@ -243,15 +247,15 @@ class Engine:
         sequences: list[Sequence] = []
         try:
             for tokens in prompts:
-                sequences.append(self.open(tokens, params))
+                s = self.open(tokens, params)
+                sequences.append(s)
+                assert s.params.seed is not None
+                self._outputs[s] = Output(self.tokenizer, s.prompt_len, s.params.seed, params.stop), []
+                self.run_until(s, s.limit)
         except Exception:
             for s in sequences:
                 self.cancel(s)
             raise
-        for s in sequences:
-            assert s.params.seed is not None
-            self._outputs[s] = Output(self.tokenizer, s.prompt_len, s.params.seed), []
-            self.run_until(s, s.limit)
         return sequences
 
     def _finished(self, sequence: Sequence) -> Completion:

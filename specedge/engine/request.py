@@ -117,23 +117,34 @@ def walk(tree: TokenTree, sampled: list[int], stop: frozenset[int], room: int) -
 class Output:
     """Gathers the tokens of one text as they are committed and turns them into chunks."""
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt_tokens: int, seed: int) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, prompt_tokens: int, seed: int, stop: tuple[str, ...] = ()) -> None:
+        if stop and tokenizer is None:
+            raise ValueError("stop is a list of strings, which needs a tokenizer: name one, or use stop_ids")
         self._detokenizer = Detokenizer(tokenizer) if tokenizer else None
-        self._text: list[str] = []
+        self._stop = stop
+        self._text = ""
+        self._shown = 0  # characters given out; the rest may be the beginning of a stop string
         self._prompt_tokens, self._seed = prompt_tokens, seed
         self.token_ids: list[int] = []
         self.speculation = Speculation()
         self.completion: Completion | None = None
 
     def add(self, tokens: Iterable[int], finish: str) -> Chunk:
-        """The next tokens; with `finish` they are the last ones, and the closing id of a stop is not shown."""
-        ids = list(tokens)
-        self.token_ids += ids
-        shown = ids[:-1] if finish == "stop" else ids
-        text = self._detokenizer.add(shown) if self._detokenizer else ""
-        if finish and self._detokenizer:
-            text += self._detokenizer.finish()
-        self._text.append(text)
+        """The next tokens; with `finish` they are the last ones, and the closing id of a stop is not shown. A stop string ends the text as well, at
+        the token that completes it: what comes behind is dropped, so that the result does not depend on how tokens were grouped."""
+        ids, before = list(tokens), len(self.token_ids)
+        for group in [[i] for i in ids] if self._stop else [ids]:
+            last = bool(finish) and len(self.token_ids) + len(group) == before + len(ids)
+            self.token_ids += group
+            if self._detokenizer:
+                self._text += self._detokenizer.add(group[:-1] if last and finish == "stop" else group)
+                self._text += self._detokenizer.finish() if last else ""
+            found = [at for s in self._stop if (at := self._text.find(s, max(0, self._shown - len(s)))) >= 0]
+            if found:
+                self._text, finish = self._text[: min(found)], "stop"
+                break
+        held = 0 if finish else max((n for s in self._stop for n in range(1, len(s)) if self._text.endswith(s[:n])), default=0)
+        text, self._shown = self._text[self._shown : len(self._text) - held], len(self._text) - held
         if finish:
-            self.completion = Completion("".join(self._text), self.token_ids, finish, self._prompt_tokens, self._seed, self.speculation)
-        return Chunk(text, ids, self.completion)
+            self.completion = Completion(self._text, self.token_ids, finish, self._prompt_tokens, self._seed, self.speculation)
+        return Chunk(text, self.token_ids[before:], self.completion)

@@ -74,12 +74,14 @@ class SpeculativeEngine:
             self._end(text)
 
     def _start(self, prompt: str | list[int], params: SamplingParams) -> Text:
-        sequence = self.engine.open(self.engine.encode(prompt), params)
+        params, tokens = params.with_seed(), self.engine.encode(prompt)
+        assert params.seed is not None
+        output = Output(self.engine.tokenizer, len(tokens), params.seed, params.stop)
+        sequence = self.engine.open(tokens, params)
         session = self.drafter.open(sequence.tokens, sequence.params, sequence.limit, sequence.stop, self.engine.vocab)
         if session is None:
             self.engine.run_until(sequence, sequence.limit)
-        assert sequence.params.seed is not None
-        text = Text(sequence, session, Output(self.engine.tokenizer, sequence.prompt_len, sequence.params.seed))
+        text = Text(sequence, session, output)
         self._texts[sequence] = text
         return text
 
@@ -105,7 +107,7 @@ class SpeculativeEngine:
             s = replace(s, hits=s.hits + hit, misses=s.misses + (not hit))
         text.output.speculation = s
         text.chunks.append(text.output.add((*verdict.path, *verdict.tokens), verdict.finish))
-        if verdict.finish:
+        if text.output.completion:
             self._end(text)
 
     def _end(self, text: Text) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specedge.kernels import reference
 
-__all__ = ["attention", "backend", "commit", "gumbel", "rms_norm", "rope_write", "sample", "silu_mul"]
+__all__ = ["attention", "backend", "commit", "gumbel", "rms_norm", "rope_write", "sample", "silu_mul", "truncate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class Ops:
     commit: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     gumbel: Callable[[int, int, int, torch.device], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+    truncate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 _TORCH = Ops(
@@ -43,6 +44,7 @@ _TORCH = Ops(
     reference.commit,
     reference.gumbel,
     reference.sample,
+    reference.truncate,
 )
 
 
@@ -74,6 +76,7 @@ def _cpp(folder: Path) -> Ops:
         reference.commit,  # a copy: torch does it at the speed of memory
         lambda seed, position, vocab, _: cpp.gumbel.default((seed + 2**63) % 2**64 - 2**63, position, vocab),  # same bits, signed
         cpp.sample.default,
+        cpp.truncate.default,
     )
 
 
@@ -144,3 +147,8 @@ def sample(logits: Tensor, noise: Tensor, noise_row: Tensor, inv_temperature: Te
     `noise_row [n]` int32 names the row of `noise`, or is -1 for a greedy row: its logits are taken as they are.
     """
     return _ops(logits).sample(logits, noise, noise_row, inv_temperature, limit)
+
+
+def truncate(logits: Tensor, inv_temperature: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, limit: int) -> Tensor:
+    """`logits [n, V]` with -inf where a token does not survive min_p `[n]` float32, top_k `[n]` int32, top_p `[n]` float64, in this order."""
+    return _ops(logits).truncate(logits, inv_temperature, min_p, top_k, top_p, limit)

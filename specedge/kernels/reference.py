@@ -134,3 +134,28 @@ def sample(logits: Tensor, noise: Tensor, noise_row: Tensor, inv_temperature: Te
     z = logits[:, :limit]
     disturbed = z * inv_temperature[:, None] + noise[noise_row.clamp(min=0).long(), :limit]
     return torch.where(greedy, z, disturbed).argmax(-1)
+
+
+def truncate(logits: Tensor, inv_temperature: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, limit: int) -> Tensor:
+    """`logits [n, V]` float32 with -inf where a token does not survive the filters of its row, `[n, V]`.
+
+    Each filter works on what the one before it left of z = logits * inv_temperature, v < limit, ranked by falling z, the smaller id first
+    among equals. min_p `[n]` float32: z - max z >= ln(min_p), 0 keeps all. top_k `[n]` int32: the first top_k, 0 keeps all. top_p `[n]` float64:
+    the shortest run from the top whose weight reaches top_p of what is left, 1 keeps all; a weight is exp(z - max z) in float64 as an integer
+    multiple of 2^-40, so that sums do not depend on their order. The first token always survives.
+    """
+    out = torch.full_like(logits, float("-inf"))
+    for i in range(len(logits)):
+        z, order = (logits[i, :limit] * inv_temperature[i]).sort(descending=True, stable=True)
+        keep = torch.ones_like(z, dtype=torch.bool)
+        if min_p[i] > 0:
+            keep &= z - z[0] >= min_p[i].log()
+        if top_k[i] > 0:
+            keep &= torch.arange(limit, device=z.device) < top_k[i]
+        if top_p[i] < 1:
+            weight = torch.where(keep, ((z.double() - z[0].double()).exp() * 2.0**40 + 0.5).long(), 0)
+            above = weight.cumsum(0) - weight
+            keep &= above < (weight.sum().double() * top_p[i]).ceil().long()
+        keep[0] = True
+        out[i, order[keep]] = logits[i, order[keep]]
+    return out

@@ -25,6 +25,7 @@ from specedge.engine.drafter import Drafter, Session
 from specedge.engine.request import Chunk, Completion, Output
 from specedge.net import wire
 from specedge.net.client import Connection, ServerError
+from specedge.net.sampling import pack_sampling
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree
 
@@ -135,7 +136,7 @@ class Edge:
             raise ServerError("this edge is closed")
         params = params.with_seed()
         assert params.seed is not None
-        text = Text(list(prompt), len(prompt), params, Output(self.tokenizer, len(prompt), params.seed))
+        text = Text(list(prompt), len(prompt), params, Output(self.tokenizer, len(prompt), params.seed, params.stop))
         self._tell(text, True)
         return text
 
@@ -222,9 +223,8 @@ class Edge:
         stop = sorted({*p.stop_ids, *(() if p.ignore_eos else w.eos_ids)})
         assert p.seed is not None
         first = wire.Open(
-            text.id, wire.pack_ids(text.tokens[: wire.CHUNK]), len(text.tokens), text.prompt_len, wire.Sampling(float(p.temperature), p.seed),
-            stop, p.max_tokens,
-        )  # fmt: skip
+            text.id, wire.pack_ids(text.tokens[: wire.CHUNK]), len(text.tokens), text.prompt_len, pack_sampling(p), stop, p.max_tokens
+        )
         if not self._texts:  # the server forgets who was idle, and ZeroMQ reconnects in silence: greet again
             self._connection.greet()
         self._texts[text.id] = text
@@ -296,8 +296,9 @@ class Edge:
         text.budget = m.row_budget
         text.tokens += path + tokens
         text.sent = EMPTY if text.alone else None
-        text.inbox.put(text.output.add(path + tokens, wire.FINISH[m.finish]))
-        if m.finish:
+        chunk = text.output.add(path + tokens, wire.FINISH[m.finish])
+        text.inbox.put(chunk)
+        if chunk.completion:  # perhaps before the server knows: stop strings are looked for here
             self._end(text, wire.Close(text.id))
 
     def _send(self, text: Text, message: wire.Message) -> None:

@@ -9,10 +9,10 @@ import logging
 from dataclasses import dataclass, field
 
 from specedge import __version__
-from specedge.config import SamplingParams
 from specedge.engine import request
 from specedge.engine.engine import Engine, RequestError
 from specedge.net import wire
+from specedge.net.sampling import unpack_sampling
 from specedge.net.wire import Error, Message
 from specedge.tree import MAX_NODES, TreeError
 
@@ -164,10 +164,12 @@ class Sessions:
             return []
         o = r.opened
         try:
-            params = SamplingParams(o.sampling.temperature, o.max_tokens, o.sampling.seed)
+            params = unpack_sampling(o.sampling, o.max_tokens)
             r.sequence = self.engine.open(r.tokens, params, o.prompt_len, frozenset(o.stop_ids))
-        except (RequestError, ValueError) as e:
+        except RequestError as e:
             raise Refused("length", str(e)) from None
+        except ValueError as e:
+            raise Refused("sampling", str(e)) from None
         self._owner[r.sequence] = r
         return [wire.Opened(o.session, o.length)]
 

@@ -43,10 +43,19 @@ class Message(msgspec.Struct, array_like=True):
 
 
 class Sampling(Message):
-    """How the server samples; penalties and filters join as trailing fields."""
+    """How the server samples: SamplingParams without what belongs to the text side. The ranges are checked there."""
 
-    temperature: Annotated[float, Meta(ge=0, le=2)]
+    temperature: float
     seed: U64
+    top_k: U32 = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_tokens: U32 = 0
+    bias_ids: Annotated[bytes, Meta(max_length=4 * 1024)] = b""  # little-endian u32
+    bias_values: Annotated[bytes, Meta(max_length=8 * 1024)] = b""  # little-endian float64, one for each id
 
 
 class Limits(Message):
