@@ -223,13 +223,13 @@ class Edge:
         stop = sorted({*p.stop_ids, *(() if p.ignore_eos else w.eos_ids)})
         assert p.seed is not None
         first = wire.Open(
-            text.id, wire.pack_ids(text.tokens[: wire.CHUNK]), len(text.tokens), text.prompt_len, pack_sampling(p), stop, p.max_tokens
+            text.id, wire.pack_ids(text.tokens[: wire.FIRST]), len(text.tokens), text.prompt_len, pack_sampling(p), stop, p.max_tokens
         )
         if not self._texts:  # the server forgets who was idle, and ZeroMQ reconnects in silence: greet again
             self._connection.greet()
         self._texts[text.id] = text
         self._send(text, first)
-        for at in range(wire.CHUNK, len(text.tokens), wire.CHUNK):
+        for at in range(wire.FIRST, len(text.tokens), wire.CHUNK):
             self._send(text, wire.Prompt(text.id, at, wire.pack_ids(text.tokens[at : at + wire.CHUNK])))
         text.budget = w.limits.max_nodes
         if self._drafter is not None and self._drafter.config.tree_size:

@@ -20,7 +20,8 @@ MAGIC = b"SPEG"
 MAJOR, MINOR = 1, 0
 HEADER = struct.Struct("<4sBBBBII")
 SIZES = (512, 2048, 65536)
-CHUNK = 16000  # token ids in one OPEN or PROMPT frame: 64,000 bytes, which leaves room for the other fields
+CHUNK = 16000  # token ids in one PROMPT or VERDICT frame: 64,000 bytes, which leaves room for the other fields
+FIRST = 12000  # token ids in OPEN, which also has stop ids and up to 12 kB of logit bias
 
 U8 = Annotated[int, Meta(ge=0, lt=2**8)]
 U16 = Annotated[int, Meta(ge=0, lt=2**16)]
@@ -43,16 +44,16 @@ class Message(msgspec.Struct, array_like=True):
 
 
 class Sampling(Message):
-    """How the server samples: SamplingParams without what belongs to the text side. The ranges are checked there."""
+    """How the server samples: SamplingParams without what belongs to the text side, in the same ranges."""
 
-    temperature: float
+    temperature: Annotated[float, Meta(ge=0, le=2)]
     seed: U64
-    top_k: U32 = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     min_tokens: U32 = 0
     bias_ids: Annotated[bytes, Meta(max_length=4 * 1024)] = b""  # little-endian u32
     bias_values: Annotated[bytes, Meta(max_length=8 * 1024)] = b""  # little-endian float64, one for each id
@@ -89,7 +90,7 @@ class Open(Message):
     """Edge -> server: a session of `length` known tokens, of which the first `prompt_len` are the prompt; `tokens` are the first of them."""
 
     session: SessionId
-    tokens: TokenBytes
+    tokens: Annotated[bytes, Meta(max_length=4 * FIRST)]
     length: U32
     prompt_len: U32
     sampling: Sampling

@@ -281,6 +281,7 @@ def test_a_stop_id_is_kept_and_not_shown() -> None:
 
 def test_a_long_prompt_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "CHUNK", 7)
+    monkeypatch.setattr(wire, "FIRST", 7)
     tokens = list(range(20))
     with Fake(honest) as fake, Edge(fake.address) as edge:
         assert edge.generate([tokens], TEN)[0].token_ids == truth(20)
@@ -563,6 +564,7 @@ def test_close_on_a_lost_connection(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_bad_prompt_hurts_nobody_else(monkeypatch: pytest.MonkeyPatch, prompt: list[int], sentence: str) -> None:
     monkeypatch.setattr(wire, "CHUNK", 7)
+    monkeypatch.setattr(wire, "FIRST", 7)
     with Fake(honest) as fake, Edge(fake.address) as edge:
         with pytest.raises(ServerError, match=sentence):
             edge.generate([prompt], TEN)

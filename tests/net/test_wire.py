@@ -60,8 +60,11 @@ MESSAGES: dict[str, tuple[type[Message], int, tuple[str, ...], int, Message]] = 
         Welcome("specedge 0.1.0", bytes(range(32)), bytes(range(32, 64)), 151_936, [151_645, 2], Limits(63, 32_768, 100), 30_000),
     ),
     "open": (
-        Open, 3, ("session", "tokens", "u32", "u32", "sampling", "stop_ids", "u32"), 7,
-        Open(SID, pack_ids([1, 70_000, 151_935]), 5, 3, Sampling(0.8, 2**64 - 2), [151_645, 0], 4096),
+        Open, 3, ("session", "first_tokens", "u32", "u32", "sampling", "stop_ids", "u32"), 7,
+        Open(
+            SID, pack_ids([1, 70_000, 151_935]), 5, 3, Sampling(0.8, 2**64 - 2, 40, 0.95, 0.05, 1.1, 0.5, -0.5, 3, pack_ids([7, 9]), bytes(16)),
+            [151_645, 0], 4096,
+        ),
     ),
     "prompt": (Prompt, 4, ("session", "u32", "tokens"), 3, Prompt(SID, 16_000, pack_ids(list(range(300, 420))))),
     "opened": (Opened, 5, ("session", "u32"), 2, Opened(SID, 16_120)),
@@ -99,6 +102,7 @@ KINDS: dict[str, tuple[list[object], list[object]]] = {
     "session": ([bytes(16), b"\xff" * 16], [*NOT_BYTES, b"", bytes(15), bytes(17)]),
     "digest": ([b"", bytes(32)], [*NOT_BYTES, bytes(33)]),
     "tokens": ([b"", bytes(64_000)], [*NOT_BYTES, bytes(64_001)]),
+    "first_tokens": ([b"", bytes(48_000)], [*NOT_BYTES, bytes(48_001)]),
     "tree_tokens": ([b"", bytes(1020)], [*NOT_BYTES, bytes(1021)]),
     "tree_parents": ([b"", bytes(255)], [*NOT_BYTES, bytes(256)]),
     "text": (["", "x" * 300, "\U0001f600" * 300], [*NOT_TEXT, "x" * 301]),
@@ -106,9 +110,14 @@ KINDS: dict[str, tuple[list[object], list[object]]] = {
     "eos": ids(64),
     "stop_ids": ids(128),
     "sampling": (
-        [[0, 0], [0.0, 2**64 - 1], [2.0, 1], [2, 1], [1.0, 1, "new field"]],
+        [[0, 0], [0.0, 2**64 - 1], [2.0, 1], [2, 1], [1.0, 1, 40, 0.9],
+         [1.0, 1, 2**31 - 1, 1, 1, 10, -2, 2, 2**32 - 1, bytes(4096), bytes(8192), "new"]],
         [*NOT_ARRAY, [], [1.0], [-1e-9, 1], [2.0000001, 1], [float("nan"), 1], [float("inf"), 1], [-float("inf"), 1], [10**18, 1],
-         [True, 1], ["1", 1], [None, 1], [1.0, -1], [1.0, 1.0], [1.0, None], [1.0, True], [1.0, b"\1" * 8]],
+         [True, 1], ["1", 1], [None, 1], [1.0, -1], [1.0, 1.0], [1.0, None], [1.0, True], [1.0, b"\1" * 8],
+         [1.0, 1, -1], [1.0, 1, 2**31], [1.0, 1, 0, 0.0], [1.0, 1, 0, 1.01], [1.0, 1, 0, float("nan")], [1.0, 1, 0, 1.0, -0.1], [1.0, 1, 0, 1.0, 1.1],
+         [1.0, 1, 0, 1.0, 0.0, 0.0], [1.0, 1, 0, 1.0, 0.0, 11.0], [1.0, 1, 0, 1.0, 0.0, 1.0, 2.1], [1.0, 1, 0, 1.0, 0.0, 1.0, 0.0, -2.1],
+         [1.0, 1, 0, 1.0, 0.0, 1.0, 0.0, 0.0, -1], [1.0, 1, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, bytes(4097)],
+         [1.0, 1, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, b"", bytes(8193)]],
     ),
     "limits": (
         [[0, 0, 0], [255, 2**32 - 1, 2**32 - 1], [1, 2, 3, {"new": "field"}]],
@@ -182,7 +191,10 @@ u8, u16, u32, u64 = (st.integers(0, 2**bits - 1) for bits in (8, 16, 32, 64))
 session = st.binary(min_size=16, max_size=16)
 digest, text = st.binary(max_size=32), st.text(max_size=300)
 tokens = st.binary(max_size=64) | st.integers(0, 64_000).map(lambda n: (b"\x01\x80\x00\xff\x7f" * (n // 5 + 1))[:n])
-sampling = st.builds(Sampling, st.floats(0, 2), u64)
+sampling = st.builds(
+    Sampling, st.floats(0, 2), u64, st.integers(0, 2**31 - 1), st.floats(0, 1, exclude_min=True), st.floats(0, 1), st.floats(0, 10, exclude_min=True),
+    st.floats(-2, 2), st.floats(-2, 2), u32, st.binary(max_size=4096), st.binary(max_size=8192),
+)
 ANY_MESSAGE: dict[type[Message], st.SearchStrategy[Message]] = {
     Hello: st.builds(Hello, text, digest),
     Welcome: st.builds(Welcome, text, digest, digest, u32, st.lists(u32, max_size=64), st.builds(Limits, u8, u32, u32), u32),
@@ -211,7 +223,10 @@ def test_round_trip(name: str) -> None:
 
 
 def test_the_largest_message_within_bounds_fits() -> None:
-    biggest = Open(SID, bytes(64_000), 2**32 - 1, 2**32 - 1, Sampling(1.5, 2**64 - 1), [2**32 - 1] * 128, 2**32 - 1)
+    biggest = Open(
+        SID, bytes(48_000), 2**32 - 1, 2**32 - 1, Sampling(1.5, 2**64 - 1, 2**31 - 1, bias_ids=bytes(4096), bias_values=bytes(8192)),
+        [2**32 - 1] * 128, 2**32 - 1,
+    )
     assert len(encode(biggest)) == 65536 and decode(encode(biggest)) == biggest
     loud = Error(SID, "\U0001f600" * 32, "\U0001f600" * 300, 2**32 - 1)
     assert decode(encode(loud)) == loud
@@ -391,7 +406,7 @@ def test_trailing_fields_of_later_minor_versions_are_ignored(name: str, minor: i
         assert decode(raw(number, pack(content(message) + extra[:n]), minor=minor)) == message
     if name == "open":
         fields = content(message)
-        fields[4] = [0.8, 2**64 - 2, *extra]
+        fields[4] = [*fields[4], *extra]  # type: ignore[misc]
         assert decode(raw(number, pack(fields), minor=minor)) == message
 
 
