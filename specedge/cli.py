@@ -61,7 +61,8 @@ def server() -> NoReturn:
     p.add_argument("--version", action="version", version=f"specedge {__version__}")
     commands = p.add_subparsers(required=True, metavar="COMMAND")
     s = commands.add_parser("serve", help="serve a model to edges", description="Serve a model. Prints ready tcp://HOST:PORT when it listens.")
-    s.add_argument("model", nargs="?", type=Path, help="directory of the model in Hugging Face format")
+    s.add_argument("model", nargs="?", help="directory of the model in Hugging Face format, or a hub id")
+    s.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     s.add_argument("--demo", action="store_true", help="serve the small model that comes with specedge")
     s.add_argument("--listen", default="tcp://127.0.0.1:0", metavar="ENDPOINT", help="address; port 0 takes a free one (default: %(default)s)")
     s.add_argument("--max-rows", type=int, default=512, metavar="N", help="rows of one forward pass (default: %(default)s)")
@@ -74,12 +75,13 @@ def server() -> NoReturn:
 
 def _serve(args: argparse.Namespace) -> int:
     from specedge.engine.engine import Engine
+    from specedge.engine.hub import locate
     from specedge.engine.weights import fingerprint
     from specedge.net.server import Server, is_private
 
     if args.demo == bool(args.model):
         raise SpecedgeError("name one model: a directory, or --demo")
-    path = DEMO / "target" if args.demo else args.model
+    path = DEMO / "target" if args.demo else locate(args.model, args.revision)
     sizes = EngineConfig(kv_tokens=args.kv_tokens, max_rows=args.max_rows)
     engine = Engine.from_pretrained(path, device=args.device, dtype=args.dtype, sizes=sizes, progress=sys.stderr.isatty())
     serving = Server(engine, args.listen, model=fingerprint(path, engine.runner.dtype), insecure=args.insecure)
@@ -111,13 +113,22 @@ def edge() -> NoReturn:
     commands = p.add_subparsers(required=True, metavar="COMMAND")
     g = commands.add_parser("generate", help="complete a prompt", description="Complete a prompt: text to stdout, the rest to stderr.")
     g.add_argument("--server", required=True, metavar="specedge://HOST:PORT", help="the server that verifies")
-    g.add_argument("--draft", type=Path, metavar="MODEL", help="directory of the draft model; it must share the server's tokenizer")
+    g.add_argument("--draft", metavar="MODEL", help="directory or hub id of the draft model; it must share the server's tokenizer")
     g.add_argument("--no-draft", action="store_true", help="draft nothing: the server decodes alone and streams")
     g.add_argument("--demo", action="store_true", help="use the small draft that comes with specedge")
     g.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory of tokenizer.json (default: the draft's)")
     g.add_argument("--prompt", required=True, metavar="TEXT|-", help="the text to complete, raw; - reads standard input")
     g.add_argument("--max-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (default: %(default)s)")
     g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: %(default)s)")
+    g.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: off)")
+    g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P (default: off)")
+    g.add_argument("--min-p", type=float, default=0.0, metavar="P", help="leave out tokens below P times the likeliest one (default: off)")
+    g.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="make tokens of prompt and output less likely (default: off)")
+    g.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="subtracted from logits of tokens in the output (default: off)")
+    g.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same for every time they occur (default: off)")
+    g.add_argument("--min-tokens", type=int, default=0, metavar="N", help="stop ids cannot end the text before (default: %(default)s)")
+    g.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a string that ends the text; may be given several times")
+    g.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end of text")
     g.add_argument("--seed", type=int, metavar="S", help="repeats a sampled text (default: a random one, which is reported)")
     g.add_argument("--tree-size", type=int, default=31, metavar="N", help="nodes drafted per round (default: %(default)s)")
     g.add_argument("--no-proactive", action="store_true", help="do not draft while a verdict is in flight")
@@ -137,7 +148,8 @@ def _generate(args: argparse.Namespace) -> int:
     tokenizer = args.tokenizer or (DEMO / "draft" if args.demo else None)
     if draft is None and tokenizer is None:
         raise SpecedgeError("without a draft the tokenizer must be named: --tokenizer DIR")
-    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed).with_seed()
+    names = [f.name for f in dataclasses.fields(SamplingParams) if hasattr(args, f.name)]
+    params = SamplingParams(**{name: getattr(args, name) for name in names}).with_seed()
     config = DraftConfig(tree_size=args.tree_size, proactive=not args.no_proactive, max_sessions=1)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     out = None if args.json and not args.echo else sys.stderr if args.json else sys.stdout

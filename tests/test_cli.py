@@ -303,7 +303,7 @@ EDGE: list[tuple[list[str], str]] = [  # {target}, {draft}, {other}, {address}, 
     (["--seed", "-1"], "seed is -1, but must be an integer in 0"),
     (["--tree-size", "256"], "tree_size is 256, but must be an integer between 0 and 255"),
     (["--prompt", ""], "the prompt holds no tokens, at least one is needed"),
-    (["--draft", "{target}/nothing"], "nothing is not a directory: name a model directory"),
+    (["--draft", "{target}/nothing"], "nothing is no directory and no hub id such as owner/name"),
     (["--draft", "{other}"], "refuses: the draft's tokenizer is not the target's: use a draft with the same vocabulary, or none"),
     (["--no-draft"], "say how to draft: --draft MODEL, --no-draft or --demo"),
 ]
@@ -373,7 +373,7 @@ def broken(house: House, at: Path, how: str) -> Path:
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        ("no directory", "model is not a directory: name a model directory in Hugging Face format"),
+        ("no directory", "model is no directory and no hub id such as owner/name: name a model directory"),
         ("no config", "config.json is missing: a model is a directory with config.json"),
         ("bad config", "config.json cannot be read as JSON"),
         ("no object", "config.json holds no JSON object"),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
+from specedge.engine.hub import locate
 from specedge.engine.pages import PagePool, PageTable
 from specedge.engine.runner import Runner
 from specedge.engine.sampler import Ask, Sampler
@@ -89,10 +90,11 @@ class Drafter:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, config: DraftConfig | None = None, *, device: str | None = None, dtype: str | None = None, progress: bool = False
-    ) -> "Drafter":
-        """Load a draft model from a Hugging Face directory; errors as in Engine.from_pretrained."""
-        config, path = config or DraftConfig(), Path(path)
+        cls, path: str | Path, config: DraftConfig | None = None, *, device: str | None = None, dtype: str | None = None,
+        revision: str | None = None, progress: bool = False,
+    ) -> "Drafter":  # fmt: skip
+        """Load a draft model from a Hugging Face directory or a hub id; errors as in Engine.from_pretrained."""
+        config, path = config or DraftConfig(), locate(path, revision)
         rows = config.max_sessions * MAX_ROWS_PER_TREE
         return cls(Runner.load(path, config.engine, rows, device, dtype, progress), config, Tokenizer.from_dir(path))
 
@@ -103,8 +105,8 @@ class Drafter:
         self, tokens: list[int], params: SamplingParams, limit: int, stop: frozenset[int] = frozenset(), vocab: int | None = None,
         prompt_len: int | None = None,
     ) -> Session | None:  # fmt: skip
-        """A session on `tokens`, `prompt_len` of them the prompt (None: all), whose text ends before `limit` tokens or at an id of `stop`, for a target of
-        `vocab` ids (None: those of the draft). None: no room, go on without drafts."""
+        """A session on `tokens`, `prompt_len` of them the prompt (None: all), whose text ends before `limit` tokens or at an id of `stop`, for a
+        target of `vocab` ids (None: those of the draft). None: no room, go on without drafts."""
         limit = min(limit, self.runner.context)
         if not self._regions or len(tokens) >= limit or max(tokens) >= self._vocab:
             return None

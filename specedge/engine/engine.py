@@ -14,6 +14,7 @@ from pathlib import Path
 
 from specedge.config import EngineConfig, SamplingParams, SpecedgeError
 from specedge.engine.batch import BatchBuilder
+from specedge.engine.hub import locate
 from specedge.engine.pages import PagePool
 from specedge.engine.request import Chunk, Completion, Output, Sequence, Verdict, walk
 from specedge.engine.runner import Runner
@@ -51,11 +52,12 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: str | None = None, dtype: str | None = None, sizes: EngineConfig | None = None, progress: bool = False
-    ) -> "Engine":
-        """Load a Hugging Face model directory. Device: cuda or cpu, the first there is; dtype: float32, bfloat16 or float16, by default float32
-        on a CPU and bfloat16 on CUDA. Raises ModelError, TokenizerError or DeviceError, each one sentence."""
-        sizes, path = sizes or EngineConfig(), Path(path)
+        cls, path: str | Path, *, device: str | None = None, dtype: str | None = None, sizes: EngineConfig | None = None,
+        revision: str | None = None, progress: bool = False,
+    ) -> "Engine":  # fmt: skip
+        """Load a Hugging Face model directory, or a hub id at a `revision`. Device: cuda or cpu, the first there is; dtype: float32, bfloat16 or
+        float16, by default float32 on a CPU and bfloat16 on CUDA. Raises HubError, ModelError, TokenizerError or DeviceError, each one sentence."""
+        sizes, path = sizes or EngineConfig(), locate(path, revision)
         runner = Runner.load(path, sizes, sizes.max_rows, device, dtype, progress)
         return cls(runner, Tokenizer.from_dir(path), runner.model.config.eos_ids)
 

@@ -1,0 +1,32 @@
+"""From the name of a model to its directory: a local one, or a snapshot of a Hugging Face repository.
+
+Only safetensors, JSON and chat templates are fetched, never code or pickles. huggingface_hub's own variables apply (HF_HOME, HF_TOKEN,
+HF_HUB_OFFLINE, HF_ENDPOINT). Knows nothing of what is in the files.
+"""
+
+import re
+from pathlib import Path
+
+from specedge.config import SpecedgeError
+
+PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
+
+
+class HubError(SpecedgeError):
+    """A model that is neither here nor to be had."""
+
+
+def locate(model: str | Path, revision: str | None = None) -> Path:
+    """The directory of `model`: a path, or a hub id `owner/name`, at a `revision` (branch, tag or commit)."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", str(model)):
+        raise HubError(f"{model} is no directory and no hub id such as owner/name: name a model directory in Hugging Face format")
+    from huggingface_hub import snapshot_download  # half a second of imports that a local model does not need
+
+    try:
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=PATTERNS))
+    except Exception as e:  # the library raises a dozen kinds, from OSError to its own
+        reason = " ".join(str(e).split())[:200]
+        raise HubError(f"{model} is no directory here and cannot be fetched from the hub: {reason or type(e).__name__}") from None
