@@ -80,7 +80,6 @@ def drafter(path: Path, config: DraftConfig | None = None) -> Drafter:
 def check_empty(e: Engine) -> None:
     """Nothing is left behind in an idle engine."""
     e.pool.check()
-    assert e.pool.promised == 0 and not e.busy
-    assert len(e.pool._free) == e.pool.total
+    assert not e.busy and e.pool.available == e.pool.total
 
 

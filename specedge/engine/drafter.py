@@ -110,12 +110,13 @@ class Drafter:
         limit = min(limit, self.runner.context)
         if not self._regions or len(tokens) >= limit or max(tokens) >= self._vocab:
             return None
-        table = self.pool.open(limit)
-        if table is None:
+        reserved = sum(self.pool.pages_for(s.limit) for s in self._sessions)
+        if reserved + self.pool.pages_for(limit) > self.pool.total:
             return None
+        table, computed = self.pool.open(tokens)
         root, base = self._node(tokens[-1], None, 0.0), self._regions.pop()
         p = prompt_len or len(tokens)
-        session = Session(list(tokens), params.with_seed(), p, limit, stop, vocab or self._vocab, table, base, root)
+        session = Session(list(tokens), params.with_seed(), p, limit, stop, vocab or self._vocab, table, base, root, computed)
         self._sessions.append(session)
         return session
 
@@ -174,6 +175,7 @@ class Drafter:
             session.table.grow(session.computed + len(rows))
             self.runner.commit(rows, *session.table.locate(session.computed, session.computed + len(rows)))
             session.computed += len(rows)
+            session.table.fill(session.tokens + [n.token for n in path[1:]], session.computed)
 
     def _root(self, session: Session, root: Node, path: list[Node]) -> None:
         """Make `root` the root: keep its subtree, free all other slots."""
@@ -213,6 +215,7 @@ class Drafter:
             rows = list(range(session.base, session.base + length))
             self.runner.commit(rows, *session.table.locate(session.computed, session.computed + length))
             session.computed += length
+            session.table.fill(session.tokens, session.computed)
         if grown:
             self._branch(logits, grown)
         return True

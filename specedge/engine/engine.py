@@ -15,7 +15,7 @@ from pathlib import Path
 from specedge.config import EngineConfig, SamplingParams, SpecedgeError
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.hub import locate
-from specedge.engine.pages import PagePool
+from specedge.engine.pages import OutOfPages, PagePool
 from specedge.engine.request import Chunk, Completion, Output, Sequence, Verdict, walk
 from specedge.engine.runner import Runner
 from specedge.engine.sampler import Ask, Sampler
@@ -48,6 +48,7 @@ class Engine:
         self._sampler = Sampler(self.vocab, tokenizer.size if tokenizer else self.vocab, runner.device)
         self._waiting: list[Sequence] = []  # not admitted yet
         self._running: list[Sequence] = []  # longest waiting first
+        self._opened = 0  # sequences so far
         self._outputs: dict[Sequence, tuple[Output, list[Chunk]]] = {}
 
     @classmethod
@@ -64,10 +65,13 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------------------
     # sequences
 
-    def open(self, tokens: list[int], params: SamplingParams, prompt_len: int | None = None, stop: frozenset[int] | None = None) -> Sequence:
+    def open(
+        self, tokens: list[int], params: SamplingParams, prompt_len: int | None = None, stop: frozenset[int] | None = None, salt: bytes = b""
+    ) -> Sequence:
         """A sequence of known tokens whose first `prompt_len` (all, if None) are the prompt. Its K/V is computed from the next step on.
 
-        `stop`: the ids that end it, in place of eos_ids and params.stop_ids. Raises RequestError if it can never be served.
+        `stop`: the ids that end it, in place of eos_ids and params.stop_ids. `salt`: sequences of one salt share the K/V of common beginnings.
+        Raises RequestError if it can never be served.
         """
         if not tokens:
             raise RequestError("the prompt holds no tokens, at least one is needed")
@@ -77,7 +81,9 @@ class Engine:
             raise RequestError(f"logit_bias names token {max(i for i, _ in params.logit_bias)}, outside the vocabulary of {self.vocab}")
         if stop is None:
             stop = frozenset(params.stop_ids if params.ignore_eos else (*params.stop_ids, *self.eos_ids))
-        sequence = Sequence(list(tokens), len(tokens) if prompt_len is None else prompt_len, params.with_seed(), stop)
+        self._opened += 1
+        prompt_len = len(tokens) if prompt_len is None else prompt_len
+        sequence = Sequence(list(tokens), prompt_len, params.with_seed(), stop, salt, self._opened)
         if sequence.limit > self.runner.context:
             asked = f"{sequence.prompt_len} prompt tokens and max_tokens {params.max_tokens}"
             raise RequestError(f"{asked} exceed the context of {self.runner.context}: shorten one of them")
@@ -111,8 +117,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step would find work."""
-        admits = self._waiting and len(self._running) < self.runner.sizes.max_sequences and self.pool.fits(self._waiting[0].limit)
-        return bool(admits) or any(s.pending > 1 or s.wants_token for s in self._running)
+        return self._admissible() or any(s.pending > 1 or s.wants_token for s in self._running)
 
     # ------------------------------------------------------------------------------------------------------------------
     # the step
@@ -120,11 +125,15 @@ class Engine:
     def step(self) -> list[Verdict]:
         """One forward pass: schedule -> run -> sample -> accept -> commit -> emit."""
         self._admit()
-        grants = schedule([self._want(s) for s in self._running], self.runner.sizes.max_rows)
-        if not grants:
+        running = list(self._running)
+        batch, jobs = self.runner.batch(), list[Job]()
+        for grant in schedule([self._want(s) for s in running], self.runner.sizes.max_rows):
+            s = running[grant.index]
+            tree = self._tree(s, grant)
+            if self._reserve(s, s.computed + grant.chain + int(tree.depths().max()), jobs):
+                jobs.append(self._add(batch, s, grant, tree))
+        if not jobs:
             return []
-        batch = self.runner.batch()
-        jobs = [self._add(batch, self._running[g.index], g) for g in grants]
         sampled = self._sample(batch, jobs)
         verdicts = [v for job in jobs if (v := self._accept(job, sampled)) is not None]
         for v in verdicts:
@@ -136,26 +145,52 @@ class Engine:
         return verdicts
 
     def _admit(self) -> None:
-        """Move sequences from waiting to running, in order, while their longest form has room."""
-        while self._waiting and len(self._running) < self.runner.sizes.max_sequences:
-            sequence = self._waiting[0]
-            sequence.table = self.pool.open(sequence.limit)
-            if sequence.table is None:
-                return
-            self._running.append(self._waiting.pop(0))
+        """Move sequences from waiting to running, in order of arrival, while there is room for what they hold already."""
+        while self._admissible():
+            s = self._waiting.pop(0)
+            s.table, s.computed = self.pool.open(s.tokens, s.salt)
+            self._running.append(s)
+
+    def _admissible(self) -> bool:
+        """Whether the first that waits has room beside the tokens of all who run, with a page to spare for each: else it would be preempted soon."""
+        if not self._waiting or len(self._running) >= self.runner.sizes.max_sequences:
+            return False
+        owed = sum(1 + max(0, self.pool.pages_for(len(s.tokens)) - len(s.table.pages)) for s in self._running if s.table)
+        return not self._running or self.pool.pages_for(len(self._waiting[0].tokens)) + owed <= self.pool.available
+
+    def _reserve(self, s: Sequence, tokens: int, jobs: list[Job]) -> bool:
+        """Pages for the first `tokens` of `s`, taken from the latest arrivals if need be; False: `s` itself has to wait. Whoever came first is
+        never preempted, so somebody always gets on. Recomputation gives the same bits, so the text does not change."""
+        at_work = {id(job.sequence) for job in jobs}
+        while s.table is not None:
+            try:
+                s.table.grow(tokens)
+                return True
+            except OutOfPages:
+                victim = max((r for r in self._running if id(r) not in at_work), key=lambda r: r.order)
+                if victim is s and len(self._running) == 1:
+                    raise
+                assert victim.table is not None
+                victim.table.close()
+                victim.table, victim.computed = None, 0
+                self._running.remove(victim)
+                self._waiting.insert(sum(w.order < victim.order for w in self._waiting), victim)
+        return False
 
     def _want(self, s: Sequence) -> Want:
         return Want(s.pending, s.wants_token, len(s.tree) if s.tree is not None else 0)
 
-    def _add(self, batch: BatchBuilder, s: Sequence, grant: Grant) -> Job:
+    def _tree(self, s: Sequence, grant: Grant) -> TokenTree:
+        """What of the offered tree is verified: the granted nodes, up to the first that lies too deep to be accepted."""
+        tree = s.tree.cut(grant.nodes) if s.tree is not None else EMPTY
+        return tree.cut(_within(tree, s.limit - len(s.tokens)))
+
+    def _add(self, batch: BatchBuilder, s: Sequence, grant: Grant, tree: TokenTree) -> Job:
         """Put the granted rows into the batch: a chain of the text and, below its last row, the tree."""
         assert s.table is not None
-        tree = s.tree.cut(grant.nodes) if s.tree is not None else EMPTY
-        tree = tree.cut(_within(tree, s.limit - len(s.tokens)))
         depths = tree.depths()[1:]
         chain = s.tokens[s.computed : s.computed + grant.chain]
         root = s.computed + grant.chain - 1
-        s.table.grow(root + 1 + int(depths.max(initial=0)))
         anc = None
         if len(tree):
             below = (1 << (grant.chain - 1)) - 1
@@ -199,6 +234,7 @@ class Engine:
         assert s.table is not None
         self.runner.commit(kept, *s.table.locate(s.computed, s.computed + len(kept)))
         s.computed += len(kept)
+        s.table.fill(s.tokens, s.computed)
         if verdict is not None:
             self._running.remove(s)
             if s.finish:

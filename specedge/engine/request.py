@@ -20,7 +20,9 @@ class Sequence:
     prompt_len: int  # max_tokens counts from here
     params: SamplingParams  # with a seed
     stop: frozenset[int]  # ids that end the text
-    table: PageTable | None = None  # None until admitted
+    salt: bytes = b""  # who may share its pages
+    order: int = 0  # of arrival
+    table: PageTable | None = None  # None while it waits for admission
     computed: int = 0
     tree: TokenTree | None = None  # offered and not yet verified
     run_until: int = 0  # decode alone while the text is shorter

@@ -165,7 +165,7 @@ class Sessions:
         o = r.opened
         try:
             params = unpack_sampling(o.sampling, o.max_tokens)
-            r.sequence = self.engine.open(r.tokens, params, o.prompt_len, frozenset(o.stop_ids))
+            r.sequence = self.engine.open(r.tokens, params, o.prompt_len, frozenset(o.stop_ids), r.peer)
         except RequestError as e:
             raise Refused("length", str(e)) from None
         except ValueError as e:

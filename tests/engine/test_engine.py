@@ -51,7 +51,8 @@ def test_a_text_does_not_depend_on_its_batch(model: Path, temperature: float) ->
     params = SamplingParams(temperature, max_tokens=30, seed=11)
     many = prompts(9, longest=100)
     alone = [engine(model).generate([p], params)[0].token_ids for p in many]
-    for sizes in ({}, {"page_size": 16, "max_rows": 33}, {"max_rows": 2}, {"max_sequences": 2}, {"kv_tokens": 256}):
+    few = {"kv_tokens": 144, "page_size": 16}
+    for sizes in ({}, {"page_size": 16, "max_rows": 33}, {"max_rows": 2}, {"max_sequences": 2}, {"kv_tokens": 256}, few):
         e = engine(model, **sizes)
         assert [c.token_ids for c in e.generate(many, params)] == alone
         check_empty(e)
@@ -143,7 +144,7 @@ class Operations(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.engine = engine(self.model, page_size=16, max_rows=40, kv_tokens=512)
+        self.engine = engine(self.model, page_size=16, max_rows=40, kv_tokens=192)  # so few that sequences are preempted
         self.texts: list[tuple[Sequence, list[int]]] = []
         self.rng = np.random.default_rng(0)
 
@@ -188,6 +189,7 @@ class Operations(RuleBasedStateMachine):
         for _ in range(n):
             for v in self.engine.step():
                 assert v.sequence.tokens[v.base :] == [*v.path, *v.tokens]
+                assert v.sequence.computed == len(v.sequence.tokens) - 1, "accepted rows are not computed again"
 
     @invariant()
     def texts_are_true(self) -> None:
@@ -212,3 +214,42 @@ def test_any_order_of_operations(model: Path) -> None:
     Operations.model = model
     TRUTH[:] = [engine(model).generate([p], Operations.params)[0].token_ids for p in prompts(6, 3)]
     run_state_machine_as_test(Operations, settings=settings(max_examples=30, stateful_step_count=30, deadline=None))  # type: ignore[no-untyped-call]
+
+
+def test_common_beginnings_are_computed_once(model: Path) -> None:
+    e, stem = engine(model, page_size=16), prompts(1, 5, 200)[0] * 3
+    params = SamplingParams(0.9, 20, seed=6)
+    many = [stem + tail for tail in ([1], [2, 3], [1], [9] * 30)]
+    want = [engine(model).generate([p], params)[0].token_ids for p in many]
+    assert [e.generate([p], params)[0].token_ids for p in many] == want
+    full = len(stem) // 16 * 16
+    assert e.pool.hits >= 3 * full and full > 32
+    check_empty(e)
+    salted = [e.open(stem, params, salt=s) for s in (b"a", b"b")]
+    before = e.pool.hits
+    for s in salted:
+        drive(e, s, len(stem) + 3)
+    assert e.pool.hits == before, "nobody finds what another salt has computed"
+    for s in salted:
+        e.cancel(s)
+    check_empty(e)
+
+
+def test_preemption_takes_the_latest_and_changes_no_text(model: Path) -> None:
+    params = SamplingParams(1.0, 60, seed=8)
+    many = prompts(5, 9, 30)
+    want = [engine(model).generate([p], params)[0].token_ids for p in many]
+    e = engine(model, page_size=16, kv_tokens=160)
+    opened = [e.open(p, params) for p in many]
+    preempted = 0
+    for s in opened:
+        e.run_until(s, s.limit)
+    while any(not s.finish for s in opened):
+        before = {id(s) for s in e._running}
+        e.step()
+        gone = before - {id(s) for s in e._running} - {id(s) for s in opened if s.finish}
+        preempted += len(gone)
+        assert id(opened[0]) not in gone, "the first must get on"
+    assert [s.tokens[len(p) :] for s, p in zip(opened, many, strict=True)] == want
+    assert preempted
+    check_empty(e)

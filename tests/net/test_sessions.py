@@ -470,7 +470,7 @@ def test_a_fault_ends_its_session_alone(desk: Desk, name: str) -> None:
 def test_a_fault_during_a_round_ends_that_round(desk: Desk) -> None:
     """A round in flight, and a prompt that is computed: neither brings a verdict any more."""
     for until in (0, CONTEXT):
-        desk.open(X, [i % VOCAB for i in range(100)])
+        desk.open(X, [(11 * i + bool(until)) % VOCAB for i in range(100)])  # not what a page of an earlier text holds
         assert desk.draft(until=until) == []
         desk.step()
         assert desk.engine.busy
@@ -538,7 +538,8 @@ def test_cancel_and_close_free_at_once(desk: Desk, last: Message, state: str) ->
     if state == "half a prompt":
         assert desk.say(opening(first=pack_ids(PROMPT[:2]))) == []
     elif state != "unknown":
-        desk.open(X, [i % VOCAB for i in range(100)] if state == "computing" else PROMPT)
+        # not what a page of an earlier text holds
+        desk.open(X, [(i + 2 + isinstance(last, Close)) % VOCAB for i in range(100)] if state == "computing" else PROMPT)
     if state in ("computing", "in flight", "alone", "between rounds", "finished"):
         desk.draft(until=0 if state in ("between rounds", "in flight") else CONTEXT)
     if state == "computing":
@@ -709,13 +710,16 @@ def test_all_sessions_may_be_ended(desk: Desk) -> None:
     assert desk.finish() == desk.ids()
 
 
+LONG = [7 * i % VOCAB for i in range(44)]  # three of four pages of 16, and one to spare for whoever runs
+
+
 def test_a_session_that_waits_for_pages(models: tuple[Engine, Engine]) -> None:
     """It is opened and its round is taken; it runs as soon as another one has ended."""
     small = Engine(models[0].runner)
     small.pool = type(small.pool)(4, 16)
     desk = Desk(small, models[1], Sessions(small, MODEL))
     desk.hello(ADA)
-    desk.open(X, max_tokens=50)
+    desk.open(X, LONG)
     desk.open(Y)
     desk.draft(X, 1)
     desk.draft(Y, 1, until=CONTEXT)
@@ -731,8 +735,8 @@ def test_a_session_that_waits_for_pages(models: tuple[Engine, Engine]) -> None:
 def test_an_engine_that_can_do_nothing_is_not_busy(models: tuple[Engine, Engine]) -> None:
     small = Engine(models[0].runner)
     small.pool = type(small.pool)(4, 16)
-    first = small.open(PROMPT, SamplingParams(max_tokens=50))
-    second = small.open(PROMPT, SamplingParams(max_tokens=50))
+    first = small.open(LONG, SamplingParams(max_tokens=10))
+    second = small.open(PROMPT, SamplingParams(max_tokens=10))
     while small._running == [] or small._running[0].pending > 1:
         small.step()
     assert not small.busy
