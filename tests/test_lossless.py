@@ -111,3 +111,20 @@ def test_the_pairwise_set_covers_every_pair() -> None:
     found = {(i, j, c[i], c[j]) for c in pairwise(*values) for i, j in itertools.combinations(range(4), 2)}
     want = {(i, j, a, b) for i, j in itertools.combinations(range(4), 2) for a in values[i] for b in values[j]}
     assert found == want
+
+
+EVERY: dict[str, object] = {
+    "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.3, "presence_penalty": 0.8, "frequency_penalty": 0.5,
+    "logit_bias": {281: -3.0, 12: 2.0}, "min_tokens": 30, "stop": ("return", "raise"), "stop_ids": (281, 13),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_every_sampling_parameter_crosses_the_wire(engine: Engine, temperature: float) -> None:
+    each = [SamplingParams(temperature, TOKENS, seed=3, **{name: value}) for name, value in EVERY.items()]  # type: ignore[arg-type]
+    each.append(SamplingParams(temperature, TOKENS, seed=3, **EVERY))  # type: ignore[arg-type]
+    alone = [engine.generate(PROMPTS[:2], p) for p in each]  # before: an engine serves one thread at a time
+    with Server(engine) as server, Edge(server.address, drafter(DEMO / "draft", 15)) as edge:
+        for p, want in zip(each, alone, strict=True):
+            over = edge.generate(PROMPTS[:2], p)
+            assert [(c.token_ids, c.text, c.finish_reason) for c in over] == [(c.token_ids, c.text, c.finish_reason) for c in want]
