@@ -63,11 +63,12 @@ class SamplingParams:
             _require(isinstance(value, int | float) and low <= value <= high, name, value, f"between {low} and {high}")
         _require(isinstance(self.top_p, int | float) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         r = self.repetition_penalty
-        _require(isinstance(r, int | float) and 0 < r <= 10, "repetition_penalty", r, "above 0 and at most 10")
+        _require(isinstance(r, int | float) and 0.01 <= r <= 10, "repetition_penalty", r, "between 0.01 and 10")
         few = isinstance(self.min_tokens, int) and 0 <= self.min_tokens <= self.max_tokens
         _require(few, "min_tokens", self.min_tokens, "between 0 and max_tokens")
         fine = all(isinstance(i, int) and 0 <= i < 2**32 and isinstance(b, int | float) and -100 <= b <= 100 for i, b in self.logit_bias)
         _require(fine, "logit_bias", self.logit_bias, "token ids with values between -100 and 100")
+        _require(len({i for i, _ in self.logit_bias}) == len(self.logit_bias), "logit_bias", self.logit_bias, "one value for each id")
         _require(len(self.logit_bias) <= 1024, "logit_bias", f"of {len(self.logit_bias)} ids", "of at most 1024")
         strings = all(isinstance(s, str) and s for s in self.stop) and len(self.stop) <= 16
         _require(strings, "stop", self.stop, "at most 16 strings, none of them empty")
@@ -89,7 +90,7 @@ class SamplingParams:
     def looser(self) -> tuple[float, int, float]:
         """The filters of a draft: it must not lose what the target might keep, yet without any the noise would lift tokens that the target never
         emits (simulated: 12.05 tokens per round without noise, 11.69 with noise and no truncation)."""
-        return self.min_p / 3, 2 * self.top_k, self.top_p + 0.7 * (1 - self.top_p)
+        return self.min_p / 3, min(2 * self.top_k, 2**31 - 1), self.top_p + 0.7 * (1 - self.top_p)
 
     @property
     def greedy(self) -> bool:

@@ -108,6 +108,7 @@ void filter(const float* logits, float t, float log_min_p, int32_t top_k, double
     std::nth_element(c.begin(), c.begin() + top_k, c.end());
     c.resize(top_k);
   }
+  if (c.empty()) return;  // a row of NaN: nothing survives
   const int64_t kept = top_p < 1 ? std::max<int64_t>(1, nucleus(c, top, top_p)) : int64_t(c.size());
   for (int64_t i = 0; i < kept; i++) out[c[i].id] = logits[c[i].id];
 }

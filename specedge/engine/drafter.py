@@ -110,7 +110,7 @@ class Drafter:
         limit = min(limit, self.runner.context)
         if not self._regions or len(tokens) >= limit or max(tokens) >= self._vocab:
             return None
-        reserved = sum(self.pool.pages_for(s.limit) for s in self._sessions)
+        reserved = sum(max(self.pool.pages_for(s.limit), len(s.table.pages)) for s in self._sessions)
         if reserved + self.pool.pages_for(limit) > self.pool.total:
             return None
         table, computed = self.pool.open(tokens)

@@ -130,6 +130,9 @@ class Engine:
         for grant in schedule([self._want(s) for s in running], self.runner.sizes.max_rows):
             s = running[grant.index]
             tree = self._tree(s, grant)
+            if len(tree) and s.table is not None:  # nobody is preempted for the depth of a tree: where pages lack, its prefix will do
+                room = (self.pool.available + len(s.table.pages)) * self.pool.page_size - s.computed - grant.chain
+                tree = tree.cut(_within(tree, max(0, room) + 1))
             if self._reserve(s, s.computed + grant.chain + int(tree.depths().max()), jobs):
                 jobs.append(self._add(batch, s, grant, tree))
         if not jobs:
@@ -303,6 +306,6 @@ class Engine:
 
 
 def _within(tree: TokenTree, room: int) -> int:
-    """How many nodes come before the first that lies too deep to be accepted when `room` tokens may still be added."""
+    """How many nodes come before the first of depth `room` or more: with `room` tokens left to add, none of those can be accepted."""
     deep = tree.depths()[1:] >= room
     return int(deep.argmax()) if deep.any() else len(tree)

@@ -10,6 +10,7 @@ from pathlib import Path
 from specedge.config import SpecedgeError
 
 PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
+TWICE = ["consolidated*"]  # the same weights once more, under names that nothing here reads
 
 
 class HubError(SpecedgeError):
@@ -26,7 +27,7 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download  # half a second of imports that a local model does not need
 
     try:
-        return Path(snapshot_download(str(model), revision=revision, allow_patterns=PATTERNS))
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=PATTERNS, ignore_patterns=TWICE))
     except Exception as e:  # the library raises a dozen kinds, from OSError to its own
         reason = " ".join(str(e).split())[:200]
         raise HubError(f"{model} is no directory here and cannot be fetched from the hub: {reason or type(e).__name__}") from None

@@ -87,8 +87,8 @@ class Sampler:
         for ask in asks:
             rows = logits[first : first + len(ask.paths)]
             first += len(ask.paths)
-            if ask.params.logit_bias:
-                ids, values = zip(*ask.params.logit_bias, strict=True)
+            if bias := [b for b in ask.params.logit_bias if b[0] < rows.shape[1]]:  # a draft may know fewer ids than the target
+                ids, values = zip(*bias, strict=True)
                 rows[:, list(ids)] += rows.new_tensor(values)
             self._hold_open(rows, ask)
             if ask.params.penalises:
@@ -111,9 +111,9 @@ class Sampler:
         """Stop ids cannot win before min_tokens tokens have come."""
         missing = ask.prompt_len + ask.params.min_tokens - len(ask.tokens)
         early = [i for i, path in enumerate(ask.paths) if len(path) < missing]
-        if early and ask.stop:
-            stop = torch.tensor([i for i in sorted(ask.stop) if i < rows.shape[1]], device=self._device)
-            rows[torch.tensor(early, device=self._device)[:, None], stop] = float("-inf")
+        stop = [i for i in sorted(ask.stop) if i < rows.shape[1]]
+        if early and stop:
+            rows[torch.tensor(early, device=self._device)[:, None], torch.tensor(stop, device=self._device)] = float("-inf")
 
 
 def _penalise(rows: Tensor, ask: Ask) -> None:

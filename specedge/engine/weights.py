@@ -79,11 +79,13 @@ def read_config(path: Path) -> ModelConfig:
     if raw.get("hidden_act", "silu") != "silu":
         raise ModelError(f"{file}: hidden_act is {raw['hidden_act']!r}, only 'silu' is supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in FIELDS:
+    if not isinstance(kind, str) or kind not in FIELDS:
         raise ModelError(f"{file}: rope type {kind!r} is not supported, only {', '.join(FIELDS)} are")
-    lacking = [name for name in FIELDS[kind] if name not in rope]
+    lacking = [name for name in FIELDS[kind] if not isinstance(rope.get(name), int | float) or rope[name] <= 0]
     if lacking:
-        raise ModelError(f"{file}: rope type {kind!r} lacks the field {lacking[0]}")
+        raise ModelError(f"{file}: rope type {kind!r} lacks the field {lacking[0]}, a positive number")
+    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise ModelError(f"{file}: high_freq_factor must be above low_freq_factor")
     family = names[0].removesuffix("ForCausalLM")
     generation = path / "generation_config.json"
     eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
@@ -102,9 +104,9 @@ def read_config(path: Path) -> ModelConfig:
             max_positions=raw["max_position_embeddings"],
             tied=bool(raw.get("tie_word_embeddings", False)),
             eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            qkv_bias=raw.get("attention_bias", False) or family == "Qwen2",
-            out_bias=raw.get("attention_bias", False) and family != "Qwen2",
-            mlp_bias=raw.get("mlp_bias", False),
+            qkv_bias=bool(raw.get("attention_bias")) or family == "Qwen2",
+            out_bias=bool(raw.get("attention_bias")) and family != "Qwen2",
+            mlp_bias=bool(raw.get("mlp_bias")),
             qk_norm=family == "Qwen3",
             windows=_windows(raw, family),
             rope_type=kind,

@@ -9,6 +9,7 @@ by the server alone and streamed. Invariant: the edge owns its text; what the se
 """
 
 import contextlib
+import logging
 import queue
 import secrets
 import socket
@@ -29,6 +30,7 @@ from specedge.net.sampling import pack_sampling
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree
 
+log = logging.getLogger(__name__)
 RESEND = 3.0  # seconds without a verdict after which a round is sent again; servers answer a repeated round as they did before
 PATIENCE = 60.0  # seconds without a word about a text after which it fails
 
@@ -201,10 +203,22 @@ class Edge:
             for text in list(self._texts.values()):
                 if text.sent is None and (text.session is None or (self._drafter and self._drafter.ready(text.session))):
                     self._submit(text)
-            grew = self._drafter is not None and self._drafter.grow()
+            grew = self._grow()
             ready = dict(poller.poll(0 if grew else self._patience()))
             if self._door.fileno() in ready:
                 self._door.recv(4096)
+
+    def _grow(self) -> bool:
+        """One draft forward, if there is something to draft. A draft that fails is given up, and the server decodes alone: drafts are never in the
+        way of a text."""
+        try:
+            return self._drafter is not None and self._drafter.grow()
+        except Exception:
+            log.exception("drafting failed; going on without drafts")
+            for text in self._texts.values():
+                text.session = None
+            self._drafter = None
+            return False
 
     def _take_commands(self) -> None:
         while True:

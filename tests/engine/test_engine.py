@@ -253,3 +253,22 @@ def test_preemption_takes_the_latest_and_changes_no_text(model: Path) -> None:
     assert [s.tokens[len(p) :] for s, p in zip(opened, many, strict=True)] == want
     assert preempted
     check_empty(e)
+
+
+def test_a_deep_tree_does_not_preempt(model: Path) -> None:
+    """Pages for its depth are more than there are beside an idle text: its prefix is verified, nobody is dropped, and the text is the same."""
+    prompt, other = list(range(20)), list(range(30, 60))
+    params = SamplingParams(max_tokens=150)
+    truth = engine(model).generate([prompt], params)[0].token_ids
+    e = engine(model, page_size=16, kv_tokens=192, max_rows=256)
+    idle, s = e.open(other, SamplingParams(max_tokens=100)), e.open(prompt, params)
+    e.run_until(idle, len(other) + 60)
+    while len(idle.tokens) < len(other) + 60:
+        e.step()
+    e.offer(s, make_tree(truth[:140], list(range(140))))
+    (verdict,) = e.step()
+    assert verdict.sequence is s and len(verdict.path) > 50 and s.tokens == prompt + truth[: len(s.tokens) - 20]
+    assert idle.computed == len(idle.tokens) - 1
+    e.cancel(s)
+    e.cancel(idle)
+    check_empty(e)

@@ -173,3 +173,18 @@ def test_stop_strings_end_a_text_where_they_begin(tmp_path: Path) -> None:
         check_empty(e)
     with pytest.raises(ValueError, match="needs a tokenizer"):
         engine(tmp_path).generate([[1]], SamplingParams(stop=("x",)))
+
+
+def test_ids_that_a_model_does_not_know_are_no_fault(tmp_path: Path) -> None:
+    """Stop ids past the vocabulary with min_tokens, and biases past the draft's: once an IndexError that took all other texts with it."""
+    target, draft = random_model(tmp_path / "target", 1), random_model(tmp_path / "draft", 2, vocab_size=90)
+    params = SamplingParams(0.8, 12, seed=1, stop_ids=(10**6,), min_tokens=3, logit_bias={100: 3.0}, top_k=2**31 - 1)
+    want = engine(target).generate([[1, 2]], params)[0].token_ids
+    assert len(want) == 12
+    both = SpeculativeEngine(engine(target), drafter(draft))
+    assert both.generate([[1, 2]], params)[0].token_ids == want
+
+
+def test_a_row_of_nan_is_no_crash() -> None:
+    asks = [Ask(SamplingParams(1.0, 9, seed=1, top_p=0.5), [1], 1, frozenset(), [()])]
+    assert Sampler(VOCAB, LIMIT, torch.device("cpu"))(torch.full((1, VOCAB), float("nan")), asks)[0] in range(LIMIT)

@@ -695,3 +695,21 @@ def test_a_slow_server_is_asked_again(server: Server, oracle: Engine, hasty: Non
         (done,) = edge.generate([[5, 6]], SamplingParams(max_tokens=5))
     assert done.token_ids == oracle.generate([[5, 6]], SamplingParams(max_tokens=5))[0].token_ids
     assert done.speculation.bytes_up > 4 * 512
+
+
+def test_a_draft_that_fails_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server decodes alone, and the text is the same."""
+    path = random_model(tmp_path, 1, vocab_size=VOCAB)
+    want = engine(path).generate([[1, 2, 3]], SamplingParams(max_tokens=30, seed=1))[0].token_ids
+    draft, calls = drafter(path), iter(range(10**6))
+    grow = draft.grow
+
+    def fail() -> bool:
+        if next(calls) == 6:
+            raise RuntimeError("the draft is broken")
+        return grow()
+
+    monkeypatch.setattr(draft, "grow", fail)
+    with Server(engine(path)) as server, Edge(server.address, draft) as edge:
+        for _ in range(2):
+            assert edge.generate([[1, 2, 3]], SamplingParams(max_tokens=30, seed=1))[0].token_ids == want

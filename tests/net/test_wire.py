@@ -192,7 +192,7 @@ session = st.binary(min_size=16, max_size=16)
 digest, text = st.binary(max_size=32), st.text(max_size=300)
 tokens = st.binary(max_size=64) | st.integers(0, 64_000).map(lambda n: (b"\x01\x80\x00\xff\x7f" * (n // 5 + 1))[:n])
 sampling = st.builds(
-    Sampling, st.floats(0, 2), u64, st.integers(0, 2**31 - 1), st.floats(0, 1, exclude_min=True), st.floats(0, 1), st.floats(0, 10, exclude_min=True),
+    Sampling, st.floats(0, 2), u64, st.integers(0, 2**31 - 1), st.floats(0, 1, exclude_min=True), st.floats(0, 1), st.floats(0.01, 10),
     st.floats(-2, 2), st.floats(-2, 2), u32, st.binary(max_size=4096), st.binary(max_size=8192),
 )
 ANY_MESSAGE: dict[type[Message], st.SearchStrategy[Message]] = {
