@@ -47,7 +47,7 @@ class Connection:
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
         for option, value in (
-            (zmq.LINGER, 500), (zmq.MAXMSGSIZE, wire.SIZES[-1]), (zmq.SNDHWM, 64), (zmq.RCVHWM, 64), (zmq.IMMEDIATE, 1), (zmq.HANDSHAKE_IVL, 5000),
+            (zmq.LINGER, 500), (zmq.MAXMSGSIZE, wire.SIZES[-1]), (zmq.SNDHWM, 64), (zmq.RCVHWM, 2048), (zmq.IMMEDIATE, 1), (zmq.HANDSHAKE_IVL, 5000),
             (zmq.HEARTBEAT_IVL, 5000), (zmq.HEARTBEAT_TIMEOUT, 15000), (zmq.HEARTBEAT_TTL, 20000), (zmq.RECONNECT_IVL, 100),
             (zmq.RECONNECT_IVL_MAX, 10000), (zmq.IPV6, 1), (zmq.SNDTIMEO, int(timeout * 1000)),
         ):  # fmt: skip

@@ -63,7 +63,7 @@ class Server:
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         for option, value in (
-            (zmq.LINGER, 500), (zmq.MAXMSGSIZE, wire.SIZES[-1]), (zmq.ROUTER_MANDATORY, 1), (zmq.SNDHWM, 64), (zmq.RCVHWM, 64),
+            (zmq.LINGER, 500), (zmq.MAXMSGSIZE, wire.SIZES[-1]), (zmq.ROUTER_MANDATORY, 1), (zmq.SNDHWM, 2048), (zmq.RCVHWM, 64),
             (zmq.HANDSHAKE_IVL, 5000), (zmq.HEARTBEAT_IVL, 5000), (zmq.HEARTBEAT_TIMEOUT, 15000), (zmq.HEARTBEAT_TTL, 20000), (zmq.BACKLOG, 512),
             (zmq.IPV6, "[" in listen),
         ):  # fmt: skip
