@@ -130,9 +130,6 @@ class Engine:
         for grant in schedule([self._want(s) for s in running], self.runner.sizes.max_rows):
             s = running[grant.index]
             tree = self._tree(s, grant)
-            if len(tree) and s.table is not None:  # nobody is preempted for the depth of a tree: where pages lack, its prefix will do
-                room = (self.pool.available + len(s.table.pages)) * self.pool.page_size - s.computed - grant.chain
-                tree = tree.cut(_within(tree, max(0, room) + 1))
             if self._reserve(s, s.computed + grant.chain + int(tree.depths().max()), jobs):
                 jobs.append(self._add(batch, s, grant, tree))
         if not jobs:
@@ -184,9 +181,13 @@ class Engine:
         return Want(s.pending, s.wants_token, len(s.tree) if s.tree is not None else 0)
 
     def _tree(self, s: Sequence, grant: Grant) -> TokenTree:
-        """What of the offered tree is verified: the granted nodes, up to the first that lies too deep to be accepted."""
-        tree = s.tree.cut(grant.nodes) if s.tree is not None else EMPTY
-        return tree.cut(_within(tree, s.limit - len(s.tokens)))
+        """What of the offered tree is verified: the granted nodes, up to the first that lies too deep to be accepted or to have a page. Nobody is
+        preempted for the depth of a tree: its prefix will do."""
+        if s.tree is None or s.table is None:
+            return EMPTY
+        pages = (self.pool.available + len(s.table.pages)) * self.pool.page_size - s.computed - grant.chain
+        tree = s.tree.cut(grant.nodes)
+        return tree.cut(_within(tree, min(s.limit - len(s.tokens), max(0, pages) + 1)))
 
     def _add(self, batch: BatchBuilder, s: Sequence, grant: Grant, tree: TokenTree) -> Job:
         """Put the granted rows into the batch: a chain of the text and, below its last row, the tree."""
