@@ -18,6 +18,11 @@ class SpecedgeError(Exception):
     """A failure that its reader can act on: the message is one sentence that names the thing and the remedy."""
 
 
+def brief(reason: object) -> str:
+    """What a library or a file says, as part of a sentence: one line of printable characters, at most 200 of them."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(reason).split()))[:200]
+
+
 def _require(ok: bool, name: str, value: object, want: str) -> None:
     if not ok:
         raise ValueError(f"{name} is {value!r}, but must be {want}")

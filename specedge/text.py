@@ -10,8 +10,9 @@ from pathlib import Path
 
 import tokenizers
 
-from specedge.config import SpecedgeError
+from specedge.config import SpecedgeError, brief
 
+MAX_FILE = 1 << 28  # bytes of a tokenizer.json; the largest known has 35 million
 BROKEN = "\ufffd"  # what decoders write for a character whose bytes are not complete
 
 
@@ -25,18 +26,31 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         self._inner = inner
         self._digest = b""
-        self.size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1  # ids at or above this mean nothing
+        self.size: int = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids at or above this mean nothing
 
     @classmethod
-    def from_dir(cls, path: Path) -> "Tokenizer":
-        """Read `path/tokenizer.json`; TokenizerError if that cannot be."""
+    def from_dir(cls, path: Path, vocab: int | None = None) -> "Tokenizer":
+        """Read `path/tokenizer.json`; TokenizerError if that cannot be, or if it is not for a model of `vocab` ids. Added tokens may lie above them,
+        as they do where somebody has added a padding token and no row for it."""
         file = path / "tokenizer.json"
-        if not file.is_file():
-            raise TokenizerError(f"{file} is missing: a model directory needs its tokenizer, or name another one with --tokenizer")
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(file)))
+            if not file.is_file():
+                raise TokenizerError(f"{file} is missing: a model directory needs its tokenizer, or name another one with --tokenizer")
+            if (size := file.stat().st_size) > MAX_FILE:
+                raise TokenizerError(f"{file} is not a tokenizer: it has {size / 1e9:.1f} GB")
+            inner = tokenizers.Tokenizer.from_file(str(file))
+        except TokenizerError:
+            raise
         except Exception as e:  # the library raises bare Exception for every fault
-            raise TokenizerError(f"{file} is not a tokenizer: {str(e).splitlines()[0][:200]}") from None
+            raise TokenizerError(f"{file} is not a tokenizer: {brief(e)}") from None
+        tokenizer = cls(inner)
+        if tokenizer.size == 0:
+            raise TokenizerError(f"{file} is not a tokenizer: it holds no tokens")
+        if vocab is not None and tokenizer.size > vocab:
+            last = max(inner.get_vocab(with_added_tokens=False).values(), default=0)
+            if last >= vocab:
+                raise TokenizerError(f"{file} has ids up to {last}, but the model has only {vocab}: take the tokenizer that belongs to it")
+        return tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with the special tokens that the tokenizer itself puts around a text."""

@@ -378,7 +378,7 @@ def broken(house: House, at: Path, how: str) -> Path:
         ("bad config", "config.json cannot be read as JSON"),
         ("no object", "config.json holds no JSON object"),
         ("a field is missing", "config.json lacks the field hidden_size"),
-        ("another architecture", "config.json: architecture MambaForCausalLM is not supported, only .*LlamaForCausalLM"),
+        ("another architecture", "config.json: architecture 'MambaForCausalLM' is not supported, only .*LlamaForCausalLM"),
         ("another shape", r"tensor model.layers.0.mlp.gate_proj.weight has shape \[88, 48\], config.json asks for \[96, 48\]"),
         ("no weights", "holds neither model.safetensors nor model.safetensors.index.json"),
         ("truncated weights", "model.safetensors is not a readable safetensors file"),

@@ -96,7 +96,8 @@ class Drafter:
         """Load a draft model from a Hugging Face directory or a hub id; errors as in Engine.from_pretrained."""
         config, path = config or DraftConfig(), locate(path, revision)
         rows = config.max_sessions * MAX_ROWS_PER_TREE
-        return cls(Runner.load(path, config.engine, rows, device, dtype, progress), config, Tokenizer.from_dir(path))
+        runner = Runner.load(path, config.engine, rows, device, dtype, progress)
+        return cls(runner, config, Tokenizer.from_dir(path, runner.model.config.vocab))
 
     # ------------------------------------------------------------------------------------------------------------------
     # sessions

@@ -4,10 +4,11 @@ Only safetensors, JSON and chat templates are fetched, never code or pickles. hu
 HF_HUB_OFFLINE, HF_ENDPOINT). Knows nothing of what is in the files.
 """
 
+import os
 import re
 from pathlib import Path
 
-from specedge.config import SpecedgeError
+from specedge.config import SpecedgeError, brief
 
 PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
 TWICE = ["consolidated*"]  # the same weights once more, under names that nothing here reads
@@ -20,7 +21,7 @@ class HubError(SpecedgeError):
 def locate(model: str | Path, revision: str | None = None) -> Path:
     """The directory of `model`: a path, or a hub id `owner/name`, at a `revision` (branch, tag or commit)."""
     path = Path(model)
-    if path.is_dir():
+    if os.path.isdir(path):  # not path.is_dir(), which raises where a directory above may not be entered
         return path
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", str(model)):
         raise HubError(f"{model} is no directory and no hub id such as owner/name: name a model directory in Hugging Face format")
@@ -29,5 +30,4 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(str(model), revision=revision, allow_patterns=PATTERNS, ignore_patterns=TWICE))
     except Exception as e:  # the library raises a dozen kinds, from OSError to its own
-        reason = " ".join(str(e).split())[:200]
-        raise HubError(f"{model} is no directory here and cannot be fetched from the hub: {reason or type(e).__name__}") from None
+        raise HubError(f"{model} is no directory here and cannot be fetched from the hub: {brief(e) or type(e).__name__}") from None

@@ -20,6 +20,7 @@ FIELDS = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+OPTIONAL = {"yarn": ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")}
 
 
 def angles(config: ModelConfig, positions: int) -> tuple[Tensor, Tensor]:
@@ -53,13 +54,13 @@ def _yarn(frequency: Tensor, c: ModelConfig) -> tuple[Tensor, float]:
     """As llama3, but blended linearly in the index of the pair; queries and keys grow by an amplitude."""
     r, dim = c.rope, c.head_dim
     factor = r["factor"]
-    original = r.get("original_max_position_embeddings") or c.max_positions
+    original = r.get("original_max_position_embeddings", c.max_positions)
 
     def pair(turns: float) -> float:
         """Index of the pair that turns so often in the original context."""
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(c.rope_theta))
 
-    low, high = pair(r.get("beta_fast") or 32), pair(r.get("beta_slow") or 1)
+    low, high = pair(r.get("beta_fast", 32)), pair(r.get("beta_slow", 1))
     if r.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)

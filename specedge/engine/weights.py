@@ -6,10 +6,12 @@ shapes in the files, and nothing of the forward pass. Anything wrong is a ModelE
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short  # of what a file holds: cut and escaped
 from typing import Any
 
 import torch
@@ -17,11 +19,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from specedge.config import ModelConfig, SpecedgeError
-from specedge.engine.rope import FIELDS
+from specedge.config import ModelConfig, SpecedgeError, brief
+from specedge.engine.rope import FIELDS, OPTIONAL
 from specedge.kernels.linear import Linear
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+DTYPES = ("F32", "F16", "BF16")  # of tensors in files; others belong to quantised checkpoints, whose numbers mean nothing without their scales
+MAX_JSON = 1 << 26  # bytes; the index of a model of a thousand shards has 10 million
+MAX_LAYERS = 4096
+SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 
 
 class ModelError(SpecedgeError):
@@ -54,14 +60,69 @@ class Weights:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file, or ModelError."""
     try:
+        if not file.exists():
+            raise ModelError(f"{file} is missing: a model is a directory with config.json, tokenizer.json and safetensors")
+        if not file.is_file():
+            raise ModelError(f"{file} is no file")
+        if (size := file.stat().st_size) > MAX_JSON:
+            raise ModelError(f"{file} cannot be read as JSON: it has {size / 1e9:.1f} GB")
         content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{file} is missing: a model is a directory with config.json, tokenizer.json and safetensors") from None
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{file} cannot be read as JSON: {e}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise ModelError(f"{file} cannot be read as JSON: {brief(e)}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{file} holds no JSON object")
     return content
+
+
+class Fields:
+    """A JSON object out of `file`, each field checked when it is asked for. null counts as absent."""
+
+    def __init__(self, file: Path, raw: dict[str, Any]) -> None:
+        self.file, self._raw = file, raw
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there, and be it null."""
+        return name in self._raw
+
+    def get(self, name: str) -> Any:
+        return self._raw.get(name)
+
+    def wrong(self, name: str, want: str) -> ModelError:
+        """The sentence for a field that is not what it must be."""
+        return ModelError(f"{self.file}: {name} is {short(self._raw.get(name))}, but must be {want}")
+
+    def count(self, name: str, default: int | None = None, low: int = 1, high: int = 2**31 - 1) -> int:
+        """An integer between `low` and `high`; without a default it must be there."""
+        value = default if self._raw.get(name) is None else self._raw[name]
+        if value is None:
+            raise ModelError(f"{self.file} lacks the field {name}")
+        if type(value) is not int or not low <= value <= high:
+            raise self.wrong(name, f"an integer between {low} and {high}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive number that float32 holds, as do its square and its products with others of the kind; without a default it must be there."""
+        value = default if self._raw.get(name) is None else self._raw[name]
+        if value is None:
+            raise ModelError(f"{self.file} lacks the field {name}")
+        if type(value) not in (int, float) or not 1e-18 <= value <= 1e18:
+            raise self.wrong(name, "a number between 1e-18 and 1e18")
+        return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """true or false."""
+        value = default if self._raw.get(name) is None else self._raw[name]
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false")
+        return value
+
+    def ids(self, name: str) -> tuple[int, ...]:
+        """Token ids: one, several or none."""
+        value = self._raw.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if len(ids) > 64 or any(type(i) is not int or not 0 <= i < 2**32 for i in ids):
+            raise self.wrong(name, "a token id or a list of at most 64")
+        return tuple(ids)
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -69,62 +130,79 @@ def read_config(path: Path) -> ModelConfig:
     if not path.is_dir():
         raise ModelError(f"{path} is not a directory: name a model directory in Hugging Face format")
     file = path / "config.json"
-    raw = read_json(file)
-    names = raw.get("architectures") or ["none"]
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(names, list) or not isinstance(rope, dict):
-        raise ModelError(f"{file}: architectures must be a list and rope_parameters an object")
+    f = Fields(file, read_json(file))
+    names = f.get("architectures") or ["none"]
+    if not isinstance(names, list):
+        raise f.wrong("architectures", "a list of names")
     if names[0] not in ARCHITECTURES:
-        raise ModelError(f"{file}: architecture {names[0]} is not supported, only {', '.join(ARCHITECTURES)} is")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"{file}: hidden_act is {raw['hidden_act']!r}, only 'silu' is supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(kind, str) or kind not in FIELDS:
-        raise ModelError(f"{file}: rope type {kind!r} is not supported, only {', '.join(FIELDS)} are")
-    lacking = [name for name in FIELDS[kind] if not isinstance(rope.get(name), int | float) or rope[name] <= 0]
-    if lacking:
-        raise ModelError(f"{file}: rope type {kind!r} lacks the field {lacking[0]}, a positive number")
-    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        raise ModelError(f"{file}: high_freq_factor must be above low_freq_factor")
+        raise ModelError(f"{file}: architecture {short(names[0])} is not supported, only {', '.join(ARCHITECTURES)} is")
+    if f.get("hidden_act") not in (None, "silu"):
+        raise f.wrong("hidden_act", "'silu', for no other is supported")
+    if f.get("quantization_config") is not None:
+        raise f.wrong("quantization_config", "absent: use the checkpoint in float32, float16 or bfloat16")
     family = names[0].removesuffix("ForCausalLM")
     generation = path / "generation_config.json"
-    eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
+    g = Fields(generation, read_json(generation)) if generation.exists() else f
+    heads, hidden, layers = f.count("num_attention_heads"), f.count("hidden_size"), f.count("num_hidden_layers", high=MAX_LAYERS)
+    theta, kind, rope = _rope(f)
     try:
-        heads = raw["num_attention_heads"]
         return ModelConfig(
-            hidden=raw["hidden_size"],
-            layers=raw["num_hidden_layers"],
+            hidden=hidden,
+            layers=layers,
             heads=heads,
-            kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            ffn=raw["intermediate_size"],
-            vocab=raw["vocab_size"],
-            norm_eps=float(raw["rms_norm_eps"]),
-            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            max_positions=raw["max_position_embeddings"],
-            tied=bool(raw.get("tie_word_embeddings", False)),
-            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            qkv_bias=bool(raw.get("attention_bias")) or family == "Qwen2",
-            out_bias=bool(raw.get("attention_bias")) and family != "Qwen2",
-            mlp_bias=bool(raw.get("mlp_bias")),
+            kv_heads=f.count("num_key_value_heads", heads),
+            head_dim=f.count("head_dim", hidden // heads),
+            ffn=f.count("intermediate_size"),
+            vocab=f.count("vocab_size"),
+            norm_eps=f.number("rms_norm_eps"),
+            rope_theta=theta,
+            max_positions=f.count("max_position_embeddings"),
+            tied=f.flag("tie_word_embeddings"),
+            eos_ids=(g if g.has("eos_token_id") else f).ids("eos_token_id"),
+            qkv_bias=f.flag("attention_bias") or family == "Qwen2",
+            out_bias=f.flag("attention_bias") and family != "Qwen2",
+            mlp_bias=f.flag("mlp_bias"),
             qk_norm=family == "Qwen3",
-            windows=_windows(raw, family),
+            windows=_windows(f, family, layers),
             rope_type=kind,
-            rope={k: v for k, v in rope.items() if isinstance(v, int | float)},
+            rope=rope,
         )
-    except KeyError as e:
-        raise ModelError(f"{file} lacks the field {e.args[0]}") from None
-    except (ValueError, TypeError, ZeroDivisionError) as e:
-        raise ModelError(f"{file}: {e}") from None
+    except ValueError as e:  # fields that do not fit each other
+        raise ModelError(f"{file}: {brief(e)}") from None
 
 
-def _windows(raw: dict[str, Any], family: str) -> tuple[int, ...]:
+def _rope(f: Fields) -> tuple[float, str, dict[str, float]]:
+    """Base, type and further numbers of the rotary frequencies."""
+    where = "rope_parameters" if f.get("rope_parameters") else "rope_scaling"
+    raw = f.get(where) or {}
+    if not isinstance(raw, dict):
+        raise f.wrong(where, "an object")
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if not isinstance(kind, str) or kind not in FIELDS:
+        raise ModelError(f"{f.file}: rope type {short(kind)} is not supported, only {', '.join(FIELDS)} are")
+    r = Fields(f.file, raw)
+    theta = f.number("rope_theta", r.number("rope_theta", 10000.0))
+    if theta < 2:
+        raise ModelError(f"{f.file}: rope_theta is {theta}, but must be at least 2")
+    rope = {name: r.number(name) for name in FIELDS[kind]}
+    rope |= {name: r.number(name) for name in OPTIONAL.get(kind, ()) if r.get(name) is not None}
+    rope["truncate"] = r.flag("truncate", True)
+    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise ModelError(f"{f.file}: high_freq_factor must be above low_freq_factor")
+    return theta, kind, rope
+
+
+def _windows(f: Fields, family: str, layers: int) -> tuple[int, ...]:
     """The sliding window of every layer; empty if no layer has one."""
-    layers, window = raw["num_hidden_layers"], raw.get("sliding_window", 4096)
-    if family == "Llama" or not window or (family != "Mistral" and not raw.get("use_sliding_window", False)):
+    if family == "Llama" or (family != "Mistral" and not f.flag("use_sliding_window")):
         return ()
-    first = 0 if family == "Mistral" else raw.get("max_window_layers", 28)
-    kinds = raw.get("layer_types") or ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    if f.has("sliding_window") and not f.get("sliding_window"):
+        return ()
+    window = f.count("sliding_window", 4096)
+    first = 0 if family == "Mistral" else f.count("max_window_layers", 28, low=0)
+    kinds = f.get("layer_types") or ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or any(k not in ("full_attention", "sliding_attention") for k in kinds):
+        raise f.wrong("layer_types", f"'full_attention' or 'sliding_attention' for each of the {layers} layers")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
@@ -134,12 +212,15 @@ def shards(path: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
+        pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+        if pickled:
+            raise ModelError(f"{path / pickled[0]} is a pickle, which can run code and is not read: convert the model to safetensors")
         raise ModelError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
     table = read_json(index).get("weight_map")
-    names = set(table.values()) if isinstance(table, dict) else set()
-    if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
-        raise ModelError(f"{index} has no weight_map of files beside it")
-    return [path / name for name in sorted(names)]
+    names = list(table.values()) if isinstance(table, dict) else []
+    if not names or not all(isinstance(n, str) and SHARD.fullmatch(n) for n in names):
+        raise ModelError(f"{index} has no weight_map that names safetensors files beside it")
+    return [path / name for name in sorted(set(names))]
 
 
 class Reader:
@@ -150,9 +231,10 @@ class Reader:
         self._where: dict[str, tuple[Path, Any]] = {}
         for file in files:
             try:
+                file.open("rb").close()  # safe_open calls whatever it cannot open "No such file"
                 handle = stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as e:
-                raise ModelError(f"{file} is not a readable safetensors file: {str(e)[:200]}") from None
+                raise ModelError(f"{file} is not a readable safetensors file: {brief(e)}") from None
             self._where.update((name, (file, handle)) for name in handle.keys())  # noqa: SIM118 (not a dict)
         self._last = files[-1]
 
@@ -161,13 +243,15 @@ class Reader:
         if name not in self._where:
             raise ModelError(f"{self._last} lacks the tensor {name}")
         file, handle = self._where[name]
-        found = tuple(handle.get_slice(name).get_shape())
-        if found != shape:
-            raise ModelError(f"{file}: tensor {name} has shape {list(found)}, config.json asks for {list(shape)}")
-        try:
-            tensor: Tensor = handle.get_tensor(name).to(self._device, self._dtype)
-        except torch.OutOfMemoryError:
-            raise ModelError(f"{file} does not fit the memory of {self._device}: use a smaller model or dtype") from None
+        view = handle.get_slice(name)
+        if (found := view.get_dtype()) not in DTYPES:
+            raise ModelError(f"{file}: tensor {name} has dtype {found}, only {', '.join(DTYPES)} are supported")
+        if view.get_shape() != list(shape):
+            raise ModelError(f"{file}: tensor {name} has shape {short(view.get_shape())}, config.json asks for {list(shape)}")
+        tensor: Tensor = handle.get_tensor(name).to(self._device, self._dtype)
+        low, high = tensor.aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            raise ModelError(f"{file}: tensor {name} holds values that are not finite in {self._dtype}: fetch the file again or use another dtype")
         self._step()
         return tensor
 
@@ -193,16 +277,21 @@ def fingerprint(path: Path, dtype: torch.dtype) -> bytes:
 
 def load_weights(path: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, progress: bool) -> Weights:
     """All weights of directory `path` on `device` in `dtype`, with a bar on stderr if `progress`."""
-    with ExitStack() as stack:
-        each = 9 + 3 * config.qkv_bias + config.out_bias + 3 * config.mlp_bias + 2 * config.qk_norm
-        count = each * config.layers + 3 - config.tied
-        bar = stack.enter_context(tqdm(total=count, desc=f"loading {path.name}", unit="tensor", disable=not progress, leave=False))
-        reader = Reader(shards(path), device, dtype, stack, bar.update)
-        embedding = reader.get("model.embed_tokens.weight", config.vocab, config.hidden)
-        layers = tuple(_layers(reader, config))
-        norm = reader.get("model.norm.weight", config.hidden)
-        head = embedding if config.tied else reader.get("lm_head.weight", config.vocab, config.hidden)
-        return Weights(embedding, layers, norm, Linear(head))
+    try:
+        with ExitStack() as stack:
+            each = 9 + 3 * config.qkv_bias + config.out_bias + 3 * config.mlp_bias + 2 * config.qk_norm
+            count = each * config.layers + 3 - config.tied
+            bar = stack.enter_context(tqdm(total=count, desc=f"loading {path.name}", unit="tensor", disable=not progress, leave=False))
+            reader = Reader(shards(path), device, dtype, stack, bar.update)
+            embedding = reader.get("model.embed_tokens.weight", config.vocab, config.hidden)
+            layers = tuple(_layers(reader, config))
+            norm = reader.get("model.norm.weight", config.hidden)
+            head = embedding if config.tied else reader.get("lm_head.weight", config.vocab, config.hidden)
+            return Weights(embedding, layers, norm, Linear(head))
+    except (MemoryError, RuntimeError) as e:  # torch has no type of its own for a CPU that is full
+        if "memory" not in str(e):
+            raise
+        raise ModelError(f"{path} does not fit the memory of {device} in {dtype}: use a smaller model or dtype") from None
 
 
 def _layers(reader: Reader, c: ModelConfig) -> Iterator[LayerWeights]:
