@@ -60,7 +60,7 @@ class Engine:
         float16, by default float32 on a CPU and bfloat16 on CUDA. Raises HubError, ModelError, TokenizerError or DeviceError, each one sentence."""
         sizes, path = sizes or EngineConfig(), locate(path, revision)
         runner = Runner.load(path, sizes, sizes.max_rows, device, dtype, progress)
-        return cls(runner, Tokenizer.from_dir(path), runner.model.config.eos_ids)
+        return cls(runner, Tokenizer.from_dir(path, runner.model.config.vocab), runner.model.config.eos_ids)
 
     # ------------------------------------------------------------------------------------------------------------------
     # sequences
