@@ -23,6 +23,7 @@ from specedge.config import ModelConfig, SpecedgeError, brief
 from specedge.engine.rope import FIELDS, OPTIONAL
 from specedge.kernels.linear import Linear
 
+Get = Callable[..., Tensor]  # get(name, *shape): the tensor of that name, which must have that shape
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPES = ("F32", "F16", "BF16")  # of tensors in files; others belong to quantised checkpoints, whose numbers mean nothing without their scales
 MAX_JSON = 1 << 26  # bytes; the index of a model of a thousand shards has 10 million
@@ -255,11 +256,6 @@ class Reader:
         self._step()
         return tensor
 
-    def linear(self, width: int, bias: bool, *parts: tuple[str, int]) -> Linear:
-        """Layers of (name, rows) over inputs of `width`, stacked by rows into one."""
-        weight = torch.cat([self.get(f"{name}.weight", rows, width) for name, rows in parts])
-        return Linear(weight, torch.cat([self.get(f"{name}.bias", rows) for name, rows in parts]) if bias else None)
-
 
 def fingerprint(path: Path, dtype: torch.dtype) -> bytes:
     """sha256 over dtype, config.json, and of every shard the size, the header and 64 kB at both ends of the data: cheap to read, and a model and its
@@ -283,28 +279,37 @@ def load_weights(path: Path, config: ModelConfig, device: torch.device, dtype: t
             count = each * config.layers + 3 - config.tied
             bar = stack.enter_context(tqdm(total=count, desc=f"loading {path.name}", unit="tensor", disable=not progress, leave=False))
             reader = Reader(shards(path), device, dtype, stack, bar.update)
-            embedding = reader.get("model.embed_tokens.weight", config.vocab, config.hidden)
-            layers = tuple(_layers(reader, config))
-            norm = reader.get("model.norm.weight", config.hidden)
-            head = embedding if config.tied else reader.get("lm_head.weight", config.vocab, config.hidden)
-            return Weights(embedding, layers, norm, Linear(head))
+            return assemble(reader.get, config)
     except (MemoryError, RuntimeError) as e:  # torch has no type of its own for a CPU that is full
         if "memory" not in str(e):
             raise
         raise ModelError(f"{path} does not fit the memory of {device} in {dtype}: use a smaller model or dtype") from None
 
 
-def _layers(reader: Reader, c: ModelConfig) -> Iterator[LayerWeights]:
+def assemble(get: Get, c: ModelConfig) -> Weights:
+    """The weights of a decoder, whose tensors `get` knows by their names in a file."""
+    embedding = get("model.embed_tokens.weight", c.vocab, c.hidden)
+    layers = tuple(_layers(get, c))
+    norm = get("model.norm.weight", c.hidden)
+    return Weights(embedding, layers, norm, Linear(embedding if c.tied else get("lm_head.weight", c.vocab, c.hidden)))
+
+
+def _layers(get: Get, c: ModelConfig) -> Iterator[LayerWeights]:
+    def linear(width: int, bias: bool, *parts: tuple[str, int]) -> Linear:
+        """Layers of (name, rows) over inputs of `width`, stacked by rows into one."""
+        weight = torch.cat([get(f"{name}.weight", rows, width) for name, rows in parts])
+        return Linear(weight, torch.cat([get(f"{name}.bias", rows) for name, rows in parts]) if bias else None)
+
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     for i in range(c.layers):
         at = f"model.layers.{i}."
         attn, mlp = at + "self_attn.", at + "mlp."
         yield LayerWeights(
-            input_norm=reader.get(at + "input_layernorm.weight", c.hidden),
-            qkv=reader.linear(c.hidden, c.qkv_bias, (attn + "q_proj", q), (attn + "k_proj", kv), (attn + "v_proj", kv)),
-            out=reader.linear(q, c.out_bias, (attn + "o_proj", c.hidden)),
-            post_norm=reader.get(at + "post_attention_layernorm.weight", c.hidden),
-            gate_up=reader.linear(c.hidden, c.mlp_bias, (mlp + "gate_proj", c.ffn), (mlp + "up_proj", c.ffn)),
-            down=reader.linear(c.ffn, c.mlp_bias, (mlp + "down_proj", c.hidden)),
-            qk_norm=(reader.get(attn + "q_norm.weight", c.head_dim), reader.get(attn + "k_norm.weight", c.head_dim)) if c.qk_norm else None,
+            input_norm=get(at + "input_layernorm.weight", c.hidden),
+            qkv=linear(c.hidden, c.qkv_bias, (attn + "q_proj", q), (attn + "k_proj", kv), (attn + "v_proj", kv)),
+            out=linear(q, c.out_bias, (attn + "o_proj", c.hidden)),
+            post_norm=get(at + "post_attention_layernorm.weight", c.hidden),
+            gate_up=linear(c.hidden, c.mlp_bias, (mlp + "gate_proj", c.ffn), (mlp + "up_proj", c.ffn)),
+            down=linear(c.ffn, c.mlp_bias, (mlp + "down_proj", c.hidden)),
+            qk_norm=(get(attn + "q_norm.weight", c.head_dim), get(attn + "k_norm.weight", c.head_dim)) if c.qk_norm else None,
         )
