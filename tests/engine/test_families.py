@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from specedge.tree import make_tree
-from tests.engine.test_model import Text
+from tests.engine.test_model import Text, assert_logits_equal
 from tests.helpers import runner
 
 SHAPE = {
@@ -55,27 +54,7 @@ def make(path: Path, case: str, seed: int = 0) -> torch.nn.Module:
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
-    theirs = make(tmp_path, case)
-    vocab = theirs.config.vocab_size
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, vocab, 150).tolist()
-    with torch.inference_mode():
-        want = theirs(torch.tensor([tokens])).logits[0]
-    for chunk, page_size in ((150, 64), (1, 64), (7, 16), (64, 64)):
-        got = Text(runner(tmp_path, page_size=page_size, kv_tokens=512), tokens).run(chunk)
-        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-
-    tree = make_tree(rng.integers(0, vocab, 30).tolist(), [int(rng.integers(max(0, i - 3), i + 1)) for i in range(30)])
-    text = Text(runner(tmp_path, kv_tokens=512), tokens[:70])
-    text.run(32)
-    text.computed -= 1
-    batch = text.runner.batch()
-    text.add(batch, 1, tree)
-    got = text.runner.run(batch)
-    for row in range(len(tree) + 1):
-        branch = tokens[:70] + [int(tree.tokens[r - 1]) for r in tree.path(row)]
-        with torch.inference_mode():
-            torch.testing.assert_close(got[row], theirs(torch.tensor([branch])).logits[0, -1], atol=1e-4, rtol=1e-4)
+    assert_logits_equal(tmp_path, make(tmp_path, case))
 
 
 @pytest.mark.parametrize("case", ["llama3", "mistral-window", "qwen2", "qwen3"])

@@ -63,24 +63,18 @@ class Text:
         return torch.cat(found)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_logits_equal_transformers(shape: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    path = random_model(tmp_path, 1, **SHAPES[shape])
-    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-    vocab = theirs.config.vocab_size
-    rng = np.random.default_rng(0)
+def assert_logits_equal(path: Path, theirs: torch.nn.Module) -> None:
+    """The model at `path` has the logits of `theirs`, a transformers model: whole, chunked, on pages of other sizes, and as tree rows."""
+    vocab, rng = theirs.config.vocab_size, np.random.default_rng(0)
     tokens = rng.integers(0, vocab, 150).tolist()
     with torch.inference_mode():
         want = theirs(torch.tensor([tokens])).logits[0]
     for chunk, page_size in ((150, 64), (1, 64), (7, 16), (64, 64)):
-        got = Text(runner(path, page_size=page_size), tokens).run(chunk)
+        got = Text(runner(path, page_size=page_size, kv_tokens=512), tokens).run(chunk)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
-    parents = [int(rng.integers(0, i + 1)) for i in range(40)]
-    tree = make_tree(rng.integers(0, vocab, 40).tolist(), parents)
-    text = Text(runner(path), tokens)
+    tree = make_tree(rng.integers(0, vocab, 40).tolist(), [int(rng.integers(max(0, i - 5), i + 1)) for i in range(40)])
+    text = Text(runner(path, kv_tokens=512), tokens)
     text.run(64)
     text.computed -= 1  # the last token is the root: its row comes again, the K/V in pages stays unread
     batch = text.runner.batch()
@@ -90,6 +84,15 @@ def test_logits_equal_transformers(shape: str, tmp_path: Path) -> None:
         branch = tokens + [int(tree.tokens[r - 1]) for r in tree.path(row)]
         with torch.inference_mode():
             torch.testing.assert_close(got[row], theirs(torch.tensor([branch])).logits[0, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_transformers(shape: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = random_model(tmp_path, 1, **SHAPES[shape])
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    assert_logits_equal(path, theirs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
