@@ -80,10 +80,12 @@ class SamplingParams:
 
     @property
     def penalises(self) -> bool:
+        """Whether logits depend on the tokens before them."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     @property
     def filters(self) -> bool:
+        """Whether min_p, top_k or top_p leaves tokens out."""
         return (self.min_p, self.top_k, self.top_p) != (0, 0, 1)
 
     @property
@@ -99,6 +101,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is taken, without noise."""
         return self.temperature < GREEDY_BELOW
 
     def with_seed(self) -> "SamplingParams":
@@ -166,6 +169,7 @@ class EngineConfig:
 
     @property
     def pages(self) -> int:
+        """Whole pages that hold kv_tokens at most."""
         return self.kv_tokens // self.page_size
 
 

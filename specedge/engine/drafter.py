@@ -13,6 +13,7 @@ import heapq
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from specedge.engine.hub import locate
 from specedge.engine.pages import PagePool, PageTable
 from specedge.engine.runner import Runner
 from specedge.engine.sampler import Ask, Sampler
+from specedge.engine.texts import UseError
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree, make_tree
 
@@ -77,7 +79,8 @@ class Session:
 
 
 class Drafter:
-    """Grows trees for up to `config.max_sessions` sessions with one small model."""
+    """Grows trees for up to `config.max_sessions` sessions with one small model. One thread at a time may use it. Close it, or use it as a context
+    manager."""
 
     def __init__(self, runner: Runner, config: DraftConfig, tokenizer: Tokenizer | None = None) -> None:
         self.runner, self.config, self.tokenizer = runner, config, tokenizer
@@ -87,6 +90,7 @@ class Drafter:
         self._regions = [i * MAX_ROWS_PER_TREE for i in range(config.max_sessions)][::-1]
         self._sessions: list[Session] = []
         self._made = 0  # nodes, for their order
+        self.closed = False
 
     @classmethod
     def from_pretrained(
@@ -99,6 +103,20 @@ class Drafter:
         runner = Runner.load(path, config.engine, rows, device, dtype, progress)
         return cls(runner, config, Tokenizer.from_dir(path, runner.model.config.vocab))
 
+    def close(self) -> None:
+        """Forget every session and let go of pages and weights; `open` raises UseError from then on. A second call does nothing."""
+        if not self.closed:
+            for session in list(self._sessions):
+                self.cancel(session)
+            self.closed = True
+            del self.runner, self._sampler
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     # ------------------------------------------------------------------------------------------------------------------
     # sessions
 
@@ -107,7 +125,9 @@ class Drafter:
         prompt_len: int | None = None,
     ) -> Session | None:  # fmt: skip
         """A session on `tokens`, `prompt_len` of them the prompt (None: all), whose text ends before `limit` tokens or at an id of `stop`, for a
-        target of `vocab` ids (None: those of the draft). None: no room, go on without drafts."""
+        target of `vocab` ids (None: those of the draft). None: no room, go on without drafts. Raises UseError once the drafter is closed."""
+        if self.closed:
+            raise UseError("this drafter is closed: load it again")
         limit = min(limit, self.runner.context)
         if not self._regions or len(tokens) >= limit or max(tokens) >= self._vocab:
             return None
@@ -121,7 +141,7 @@ class Drafter:
         self._sessions.append(session)
         return session
 
-    def close(self, session: Session) -> None:
+    def cancel(self, session: Session) -> None:
         """Forget a session and free what it holds."""
         self._sessions.remove(session)
         self._regions.append(session.base)

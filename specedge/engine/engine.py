@@ -4,28 +4,25 @@
     engine.generate(["def fibonacci(n):"], SamplingParams(max_tokens=64))
 
 A sequence is opened with its tokens, then driven by trees (`offer`) or by itself (`run_until`); every step verifies what is ready and computes
-prompts beside it. Knows nothing of draft models, sockets or threads: one thread at a time may use it. Invariant: the text of a
-sequence is a function of model, tokens, parameters and seed alone.
+prompts beside it. Knows nothing of draft models or sockets. One thread at a time may use it, which a guard sees to; `cancel` alone may come from
+any. Invariant: the text of a sequence is a function of model, tokens, parameters and seed alone.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from specedge.config import EngineConfig, SamplingParams, SpecedgeError
+from specedge.config import EngineConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.hub import locate
 from specedge.engine.pages import OutOfPages, PagePool
-from specedge.engine.request import Chunk, Completion, Output, Sequence, Verdict, walk
+from specedge.engine.request import Output, Sequence, Verdict, walk
 from specedge.engine.runner import Runner
 from specedge.engine.sampler import Ask, Sampler
 from specedge.engine.scheduler import Grant, Want, schedule
+from specedge.engine.texts import Guard, RequestError, Text, TextEngine, alone
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree
-
-
-class RequestError(SpecedgeError, ValueError):
-    """A request that this engine cannot serve: too long, outside the vocabulary, or without a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +35,8 @@ class Job:
     first: int
 
 
-class Engine:
-    """A runner and the sequences that share it. `eos_ids` end a text unless its parameters say otherwise."""
+class Engine(TextEngine):
+    """A runner and the sequences that share it. `eos_ids` end a text unless its parameters say otherwise. Close it, or use it in a `with`."""
 
     def __init__(self, runner: Runner, tokenizer: Tokenizer | None = None, eos_ids: tuple[int, ...] = ()) -> None:
         self.runner, self.tokenizer, self.eos_ids = runner, tokenizer, eos_ids
@@ -49,7 +46,8 @@ class Engine:
         self._waiting: list[Sequence] = []  # not admitted yet
         self._running: list[Sequence] = []  # longest waiting first
         self._opened = 0  # sequences so far
-        self._outputs: dict[Sequence, tuple[Output, list[Chunk]]] = {}
+        self._texts: dict[Sequence, Text] = {}
+        self._guard = Guard()
 
     @classmethod
     def from_pretrained(
@@ -62,9 +60,15 @@ class Engine:
         runner = Runner.load(path, sizes, sizes.max_rows, device, dtype, progress)
         return cls(runner, Tokenizer.from_dir(path, runner.model.config.vocab), runner.model.config.eos_ids)
 
+    @property
+    def guard(self) -> Guard:
+        """Held by the thread that uses the engine."""
+        return self._guard
+
     # ------------------------------------------------------------------------------------------------------------------
     # sequences
 
+    @alone
     def open(
         self, tokens: list[int], params: SamplingParams, prompt_len: int | None = None, stop: frozenset[int] | None = None, salt: bytes = b""
     ) -> Sequence:
@@ -92,19 +96,25 @@ class Engine:
         self._waiting.append(sequence)
         return sequence
 
+    @alone
     def offer(self, sequence: Sequence, tree: TokenTree) -> None:
         """Have `tree` verified below the root of `sequence` in one of the next steps. Raises TreeError if it is no tree over the vocabulary."""
         tree.check(self.vocab)
         sequence.tree = tree
 
+    @alone
     def run_until(self, sequence: Sequence, length: int) -> None:
         """Decode alone while the text is shorter than `length` tokens, prompt included; 0 stops that."""
         sequence.run_until = length
 
     def cancel(self, sequence: Sequence) -> None:
-        """Forget `sequence` and free what it holds; one that has ended already is left as it is."""
+        """Forget `sequence` and free what it holds; one that has ended already is left as it is. Any thread may: beside a step of another one it is
+        done before the next."""
+        self.guard.soon(lambda: self._cancel(sequence))
+
+    def _cancel(self, sequence: Sequence) -> None:
         self._free(sequence)
-        self._outputs.pop(sequence, None)
+        self._texts.pop(sequence, None)
 
     def _free(self, sequence: Sequence) -> None:
         for group in (self._waiting, self._running):
@@ -117,13 +127,15 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step would find work."""
-        return self._admissible() or any(s.pending > 1 or s.wants_token for s in self._running)
+        return self.guard.behind or self._admissible() or any(s.pending > 1 or s.wants_token for s in self._running)
 
     # ------------------------------------------------------------------------------------------------------------------
     # the step
 
+    @alone
     def step(self) -> list[Verdict]:
         """One forward pass: schedule -> run -> sample -> accept -> commit -> emit."""
+        self.guard.catch_up()
         self._admit()
         running = list(self._running)
         batch, jobs = self.runner.batch(), list[Job]()
@@ -137,10 +149,10 @@ class Engine:
         sampled = self._sample(batch, jobs)
         verdicts = [v for job in jobs if (v := self._accept(job, sampled)) is not None]
         for v in verdicts:
-            if v.sequence in self._outputs:
-                output, chunks = self._outputs[v.sequence]
-                chunks.append(output.add((*v.path, *v.tokens), v.finish))
-                if output.completion and not v.finish:  # by a stop string
+            if v.sequence in self._texts:
+                text = self._texts[v.sequence]
+                text.take(v)
+                if text.output.completion and not v.finish:  # by a stop string
                     self._free(v.sequence)
         return verdicts
 
@@ -251,59 +263,34 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------------------
     # texts
 
-    def encode(self, prompt: str | list[int]) -> list[int]:
-        """Ids of a prompt, which may be ids already."""
-        if not isinstance(prompt, str):
-            return prompt
-        if self.tokenizer is None:
-            raise RequestError("this engine has no tokenizer: give the prompt as token ids")
-        return self.tokenizer.encode(prompt)
+    def begin(self, tokens: list[int], params: SamplingParams) -> Text:
+        """Begin one text, which the engine decodes alone. Raises RequestError if it can never be served."""
+        params = params.with_seed()
+        assert params.seed is not None
+        output = Output(self.tokenizer, len(tokens), params.seed, params.stop)
+        sequence = self.open(tokens, params)
+        self.run_until(sequence, sequence.limit)
+        text = self._texts[sequence] = Text(sequence, output)
+        return text
 
-    def generate(self, prompts: str | Iterable[str | list[int]], params: SamplingParams | None = None) -> list[Completion]:
-        """Complete all prompts, batched; one string is one prompt. Raises RequestError before anything runs if one of them cannot be served."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        sequences = self._start([self.encode(p) for p in prompts], params or SamplingParams())
-        outputs = [self._outputs[s][0] for s in sequences]
-        try:
-            while any(o.completion is None for o in outputs):
-                self.step()
-            return [self._finished(s) for s in sequences]
-        finally:
-            for s in sequences:
-                self.cancel(s)
+    def advance(self) -> None:
+        """One step."""
+        self.step()
 
-    def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Generator[Chunk]:
-        """Complete one prompt piece by piece; the last chunk holds the completion. Dropping the iterator cancels the text."""
-        (sequence,) = self._start([self.encode(prompt)], params or SamplingParams())
-        output, chunks = self._outputs[sequence]
-        try:
-            while output.completion is None or chunks:
-                if chunks:
-                    yield chunks.pop(0)
-                else:
-                    self.step()
-        finally:
-            self.cancel(sequence)
+    def end(self, text: Text) -> None:
+        """Forget a text, finished or not, and free what it holds. Any thread may."""
+        self.cancel(text.sequence)
 
-    def _start(self, prompts: list[list[int]], params: SamplingParams) -> list[Sequence]:
-        sequences: list[Sequence] = []
-        try:
-            for tokens in prompts:
-                s = self.open(tokens, params)
-                sequences.append(s)
-                assert s.params.seed is not None
-                self._outputs[s] = Output(self.tokenizer, s.prompt_len, s.params.seed, params.stop), []
-                self.run_until(s, s.limit)
-        except Exception:
-            for s in sequences:
-                self.cancel(s)
-            raise
-        return sequences
-
-    def _finished(self, sequence: Sequence) -> Completion:
-        completion = self._outputs.pop(sequence)[0].completion
-        assert completion is not None
-        return completion
+    def close(self) -> None:
+        """End every text and let go of pages and weights; whatever is called afterwards raises UseError, and so does this while another thread uses
+        the engine. A second call does nothing."""
+        if not self.guard.closed:
+            with self.guard:
+                self.guard.catch_up()
+                for s in [*self._waiting, *self._running, *self._texts]:
+                    self._cancel(s)
+                self.guard.closed = True
+                del self.runner, self._sampler
 
 
 def _within(tree: TokenTree, room: int) -> int:

@@ -4,14 +4,14 @@ It is the co-located form of the system, the baseline of every comparison, and t
 Knows nothing of sockets. Draft and target take turns here, so nothing grows while a verdict is in flight.
 """
 
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from specedge.config import DraftConfig, EngineConfig, SamplingParams, SpecedgeError
 from specedge.engine.drafter import Drafter, Session
 from specedge.engine.engine import Engine
-from specedge.engine.request import Chunk, Completion, Output, Sequence, Verdict
+from specedge.engine.request import Output, Sequence, Verdict
+from specedge.engine.texts import Guard, Text, TextEngine, UseError, alone
 
 
 class PairError(SpecedgeError):
@@ -19,73 +19,62 @@ class PairError(SpecedgeError):
 
 
 @dataclass(slots=True, eq=False)
-class Text:
-    """One text: its sequence in the engine, its session in the drafter (None: no room there), and what has come of it."""
+class DraftedText(Text):
+    """A text and its session in the drafter (None: no room there)."""
 
-    sequence: Sequence
-    session: Session | None
-    output: Output
+    session: Session | None = None
     offered: int = 0  # nodes under verification
-    chunks: list[Chunk] = field(default_factory=list)
 
 
-class SpeculativeEngine:
-    """`target` and `draft` are model directories, or an Engine and a Drafter that are loaded already, one of these for each SpeculativeEngine."""
+class SpeculativeEngine(TextEngine):
+    """`target` and `draft` are model directories, or an Engine and a Drafter that are loaded already, one of these for each SpeculativeEngine.
+
+    Raises HubError, ModelError, TokenizerError or DeviceError, each one sentence, and PairError for a draft that does not fit. Close it, or use it as
+    a context manager: that closes what it has loaded itself; what was given stays open.
+    """
 
     def __init__(
         self, target: str | Path | Engine, draft: str | Path | Drafter, config: DraftConfig | None = None, *,
         device: str | None = None, dtype: str | None = None, sizes: EngineConfig | None = None, progress: bool = False,
     ) -> None:  # fmt: skip
+        self._loaded: list[Engine | Drafter] = []
         if not isinstance(target, Engine):
             target = Engine.from_pretrained(target, device=device, dtype=dtype, sizes=sizes, progress=progress)
+            self._loaded.append(target)
         if isinstance(draft, Drafter) and config is not None:
             raise ValueError("config is given, but the Drafter has its own already: leave one of them out")
         if not isinstance(draft, Drafter):
             draft = Drafter.from_pretrained(draft, config, device=device, dtype=dtype, progress=progress)
-        self.engine, self.drafter = target, draft
-        ours, theirs = self.engine.tokenizer, self.drafter.tokenizer
+            self._loaded.append(draft)
+        self.engine, self.drafter, self.tokenizer = target, draft, target.tokenizer
+        ours, theirs = target.tokenizer, draft.tokenizer
         if ours and theirs and ours.digest() != theirs.digest():
             raise PairError("draft and target have different tokenizers: a draft must share the target's vocabulary")
-        self._texts: dict[Sequence, Text] = {}
+        self._texts: dict[Sequence, DraftedText] = {}
+        self._guard = Guard(target.guard)
 
-    def generate(self, prompts: str | Iterable[str | list[int]], params: SamplingParams | None = None) -> list[Completion]:
-        """Complete all prompts, batched; ids as Engine.generate gives them."""
-        texts: list[Text] = []
-        try:
-            for p in [prompts] if isinstance(prompts, str) else prompts:
-                texts.append(self._start(p, params or SamplingParams()))
-            while any(t.output.completion is None for t in texts):
-                self._round()
-            return [t.output.completion for t in texts if t.output.completion is not None]
-        finally:
-            for t in texts:
-                self._end(t)
+    @property
+    def guard(self) -> Guard:
+        """Held by the thread that uses this engine, and with it the target's."""
+        return self._guard
 
-    def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Generator[Chunk]:
-        """Complete one prompt piece by piece; the last chunk holds the completion. Dropping the iterator cancels the text."""
-        text = self._start(prompt, params or SamplingParams())
-        try:
-            while text.output.completion is None or text.chunks:
-                if text.chunks:
-                    yield text.chunks.pop(0)
-                else:
-                    self._round()
-        finally:
-            self._end(text)
-
-    def _start(self, prompt: str | list[int], params: SamplingParams) -> Text:
-        params, tokens = params.with_seed(), self.engine.encode(prompt)
+    @alone
+    def begin(self, tokens: list[int], params: SamplingParams) -> Text:
+        """Begin one text, with a session in the drafter if there is room. Raises RequestError if it can never be served."""
+        if self.drafter.closed:
+            raise UseError("the drafter of this engine is closed: load it again")
+        params = params.with_seed()
         assert params.seed is not None
-        output = Output(self.engine.tokenizer, len(tokens), params.seed, params.stop)
+        output = Output(self.tokenizer, len(tokens), params.seed, params.stop)
         sequence = self.engine.open(tokens, params)
         session = self.drafter.open(sequence.tokens, sequence.params, sequence.limit, sequence.stop, self.engine.vocab)
         if session is None:
             self.engine.run_until(sequence, sequence.limit)
-        text = Text(sequence, session, output)
-        self._texts[sequence] = text
+        text = self._texts[sequence] = DraftedText(sequence, output, session=session)
         return text
 
-    def _round(self) -> None:
+    @alone
+    def advance(self) -> None:
         """Grow the trees that nobody waits for yet, offer them, verify them."""
         drafting = [t for t in self._texts.values() if t.session and t.sequence.tree is None]
         while any(t.session and not self.drafter.ready(t.session) for t in drafting) and self.drafter.grow():
@@ -99,19 +88,35 @@ class SpeculativeEngine:
             if verdict.sequence in self._texts:  # else the engine's own caller gets it
                 self._take(self._texts[verdict.sequence], verdict)
 
-    def _take(self, text: Text, verdict: Verdict) -> None:
+    def _take(self, text: DraftedText, verdict: Verdict) -> None:
         s = text.output.speculation
         s = replace(s, rounds=s.rounds + 1, drafted=s.drafted + text.offered, accepted=s.accepted + len(verdict.path))
         if text.session is not None and not verdict.finish:
             hit = self.drafter.verdict(text.session, verdict.row, list(verdict.tokens))
             s = replace(s, hits=s.hits + hit, misses=s.misses + (not hit))
         text.output.speculation = s
-        text.chunks.append(text.output.add((*verdict.path, *verdict.tokens), verdict.finish))
+        text.take(verdict)
         if text.output.completion:
             self._end(text)
 
+    def end(self, text: Text) -> None:
+        """Forget a text, finished or not, and free what it holds. Any thread may."""
+        self.guard.soon(lambda: self._end(text))
+
     def _end(self, text: Text) -> None:
-        if self._texts.pop(text.sequence, None) is not None:
-            self.engine.cancel(text.sequence)
-            if text.session is not None:
-                self.drafter.close(text.session)
+        known = self._texts.pop(text.sequence, None)
+        if known is not None:
+            self.engine.cancel(known.sequence)
+            if known.session is not None:
+                self.drafter.cancel(known.session)
+
+    def close(self) -> None:
+        """End every text and close the models that were loaded here; `begin` raises UseError from then on. Raises it itself while another thread uses
+        the engine. A second call does nothing."""
+        if not self.guard.closed:
+            with self.guard:
+                for text in list(self._texts.values()):
+                    self._end(text)
+                self.guard.closed = True
+            for model in self._loaded:
+                model.close()

@@ -58,7 +58,8 @@ class Edge:
     """A connection to `server`, and a draft model if one is given: a directory, or a loaded Drafter.
 
     `tokenizer`: a directory, or a Tokenizer; by default the draft's. Without either, prompts are lists of ids and texts are empty. Raises
-    ServerError, ModelError, TokenizerError or DeviceError, each one sentence. Thread-safe. Close it, or use it as a context manager.
+    ServerError, ModelError, TokenizerError or DeviceError, each one sentence. Thread-safe. Close it, or use it as a context manager: that closes a
+    draft that was loaded here, too; a Drafter that was given stays open.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class Edge:
     ) -> None:  # fmt: skip
         if isinstance(draft, Drafter) and config is not None:
             raise ValueError("config is given, but the Drafter has its own already: leave one of them out")
+        self._loaded: Drafter | None = None
         if isinstance(draft, str | Path):
-            draft = Drafter.from_pretrained(draft, config, device=device, dtype=dtype, progress=progress)
+            draft = self._loaded = Drafter.from_pretrained(draft, config, device=device, dtype=dtype, progress=progress)
         if isinstance(tokenizer, str | Path):
             tokenizer = Tokenizer.from_dir(Path(tokenizer))
         self._drafter = draft
@@ -113,11 +115,12 @@ class Edge:
             self._tell(text, False)
 
     def close(self) -> None:
-        """Cancel what is in the making and disconnect."""
-        if not self._closing:
-            self._closing = True
-            self._wake()
-            self._worker.join()
+        """Cancel what is in the making, disconnect, and let go of a draft that was loaded here; use raises ServerError from then on."""
+        self._closing = True
+        self._wake()
+        self._worker.join()
+        if self._loaded is not None:
+            self._loaded.close()
 
     def __enter__(self) -> "Edge":
         return self
@@ -254,7 +257,7 @@ class Edge:
         tree = EMPTY
         if text.session is not None and self._drafter is not None:
             if text.session.exhausted:
-                self._drafter.close(text.session)
+                self._drafter.cancel(text.session)
                 text.session = None
             else:
                 tree = self._drafter.submit(text.session, min(self._drafter.config.tree_size, text.budget))
@@ -324,14 +327,14 @@ class Edge:
         """Forget a text here and on the server."""
         if self._texts.pop(text.id, None) is not None:
             if text.session is not None and self._drafter is not None:
-                self._drafter.close(text.session)
+                self._drafter.cancel(text.session)
             self._send(text, last)
 
     def _fail(self, text: Text, error: SpecedgeError) -> None:
         """End a text that the server holds no more, or that it cannot be told of."""
         text.inbox.put(error)
         if self._texts.pop(text.id, None) is not None and text.session is not None and self._drafter is not None:
-            self._drafter.close(text.session)
+            self._drafter.cancel(text.session)
 
     def _give_up(self, text: Text, error: SpecedgeError) -> None:
         """End a text that the server may still hold."""

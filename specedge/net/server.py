@@ -18,6 +18,7 @@ import zmq
 
 from specedge.config import SpecedgeError
 from specedge.engine.engine import Engine
+from specedge.engine.texts import UseError
 from specedge.net import wire
 from specedge.net.sessions import Reply, Sessions
 
@@ -45,7 +46,8 @@ def is_private(endpoint: str) -> bool:
 
 class Server:
     """Serves `engine` on `listen` until `stop`, which must be called even if `start` never was. Binds at construction: `endpoint` then holds the
-    real address, and `address` what an Edge on this machine is given."""
+    real address, and `address` what an Edge on this machine is given. Between `start` and `stop` nobody else can use the engine, which stays open.
+    Or use it as a context manager."""
 
     def __init__(self, engine: Engine, listen: str = "tcp://127.0.0.1:0", *, model: bytes = b"", insecure: bool = False) -> None:
         if not listen.startswith(("tcp://", "ipc://")):
@@ -59,6 +61,7 @@ class Server:
         self._engine = engine
         self._inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
         self._outbox: deque[Reply] = deque()
+        self._started: queue.SimpleQueue[UseError | None] = queue.SimpleQueue()  # whether the engine could be had
         self._stopping, self._silent = threading.Event(), threading.Event()  # end the engine's thread, then the network's
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -79,9 +82,11 @@ class Server:
         self._network_thread = threading.Thread(target=self._network_loop, name="specedge-network")
 
     def start(self) -> None:
-        """Begin to serve; returns at once."""
-        self._network_thread.start()
+        """Begin to serve; returns at once. Raises UseError if the engine is closed or in another thread's hands."""
         self._engine_thread.start()
+        if (refused := self._started.get()) is not None:
+            raise refused
+        self._network_thread.start()
 
     def stop(self, drain: float = 0.0, hurry: threading.Event | None = None) -> None:
         """Refuse new sessions, serve the open ones for up to `drain` seconds or until `hurry` is set, then end both threads."""
@@ -95,22 +100,38 @@ class Server:
                 thread.join()
         self._context.destroy(linger=500)
 
+    def close(self) -> None:
+        """Stop at once."""
+        self.stop()
+
     @property
     def alive(self) -> bool:
         """Whether both threads run."""
         return self._engine_thread.is_alive() and self._network_thread.is_alive()
 
     def __enter__(self) -> "Server":
-        self.start()
+        try:
+            self.start()
+        except UseError:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self.close()
 
     # ------------------------------------------------------------------------------------------------------------------
     # the engine's thread
 
     def _engine_loop(self) -> None:
+        try:
+            with self._engine.guard:
+                self._started.put(None)
+                self._serve()
+        except UseError as e:
+            self._started.put(e)
+
+    def _serve(self) -> None:
         wake = self._context.socket(zmq.PAIR)
         wake.connect("inproc://wake")
         expire_at = 0.0

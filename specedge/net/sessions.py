@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from specedge import __version__
 from specedge.engine import request
-from specedge.engine.engine import Engine, RequestError
+from specedge.engine.engine import Engine
+from specedge.engine.texts import RequestError
 from specedge.net import wire
 from specedge.net.sampling import unpack_sampling
 from specedge.net.wire import Error, Message

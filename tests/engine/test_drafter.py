@@ -165,7 +165,7 @@ def test_random_rounds_keep_the_books(temperature: float, wild: float) -> None:
             assert s.tokens == text + tokens
             audit(d, s)
             if len(s.tokens) > 250 or rng.random() < 0.02:
-                d.close(s)
+                d.cancel(s)
                 del sessions[id(s)]
                 d.pool.check()
         if round_ % 10 == 0:
@@ -304,7 +304,7 @@ def test_a_text_longer_than_the_drafts_context_goes_on_without_drafts() -> None:
     tree = d.submit(s, 15)
     assert len(tree) == 0
     d.verdict(s, 0, [1, 2, 3])
-    d.close(s)
+    d.cancel(s)
     d.pool.check()
 
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from specedge.config import EngineConfig, SamplingParams
-from specedge.engine.engine import Engine, RequestError
+from specedge.engine.engine import Engine
 from specedge.engine.request import Sequence, walk
+from specedge.engine.texts import RequestError
 from specedge.tree import EMPTY, TreeError, make_tree
 from tests.helpers import byte_tokenizer, check_empty, engine, random_model, runner
 

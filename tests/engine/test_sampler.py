@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specedge.config import DraftConfig, EngineConfig, SamplingParams
-from specedge.engine.engine import Engine, RequestError
+from specedge.engine.engine import Engine
 from specedge.engine.sampler import Ask, Sampler
 from specedge.engine.speculative import SpeculativeEngine
+from specedge.engine.texts import RequestError
 from specedge.kernels import reference
 from specedge.tree import make_tree
 from tests.helpers import byte_tokenizer, check_empty, drafter, engine, random_model

@@ -1,0 +1,160 @@
+"""What callers of an engine rely on beside its ids: closing, several engines, one thread at a time, a bar."""
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from specedge.config import DraftConfig, EngineConfig, SamplingParams
+from specedge.engine import texts
+from specedge.engine.drafter import Drafter
+from specedge.engine.engine import Engine
+from specedge.engine.speculative import SpeculativeEngine
+from specedge.engine.texts import RequestError, TextEngine, UseError
+from tests.helpers import byte_tokenizer, check_empty, drafter, engine, random_model
+
+PARAMS = SamplingParams(1.0, 20, seed=2**64 - 2)
+PROMPT = [7, 3] * 70
+Make = Callable[..., TextEngine]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model(tmp_path_factory.mktemp("model"), 4)
+
+
+@pytest.fixture(params=["plain", "speculative"])
+def make(request: pytest.FixtureRequest, model: Path) -> Make:
+    """Makes an engine of either kind."""
+
+    def plain(**sizes: int) -> Engine:
+        return engine(model, **sizes)
+
+    def speculative(**sizes: int) -> SpeculativeEngine:
+        return SpeculativeEngine(engine(model, **sizes), drafter(model))
+
+    return plain if request.param == "plain" else speculative
+
+
+def core(e: TextEngine) -> Engine:
+    return e.engine if isinstance(e, SpeculativeEngine) else e  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("prompt", [5, [5, "a"], [[5]], None, b"ab"], ids=repr)
+def test_a_prompt_that_is_none_is_refused(make: Make, prompt: object) -> None:
+    e = make()
+    with pytest.raises(RequestError, match="is no prompt: give a string or a list of token ids"):
+        e.generate([[5], prompt], PARAMS)  # type: ignore[list-item]
+    check_empty(core(e))
+
+
+def test_close_releases_pages_and_weights(tmp_path: Path) -> None:
+    random_model(tmp_path, 1, byte_tokenizer(), vocab_size=300)
+    both = SpeculativeEngine(tmp_path, tmp_path, DraftConfig(engine=EngineConfig(kv_tokens=4096)), device="cpu")
+    stream = both.stream("ab", PARAMS)
+    next(stream)
+    held = [
+        weakref.ref(thing) for r in (both.engine.runner, both.drafter.runner)
+        for thing in (r, r.pages, r.rows, r.model.weights.embedding, r.model.weights.layers[0].qkv)
+    ]  # fmt: skip
+    both.close()
+    both.close()
+    gc.collect()
+    assert [h() for h in held] == [None] * len(held)
+    check_empty(both.engine)
+    both.drafter.pool.check()
+    assert both.drafter.pool.available == both.drafter.pool.total
+    for use in (
+        lambda: next(stream), lambda: both.generate("ab"), lambda: next(both.stream("ab")), lambda: both.engine.generate("ab"), both.engine.step,
+        lambda: both.engine.open([1], PARAMS), lambda: both.drafter.open([1], PARAMS, 9),
+    ):  # fmt: skip
+        with pytest.raises(UseError, match="is closed: load it again$"):
+            use()
+
+
+def test_what_was_given_stays_open(model: Path) -> None:
+    e, d = engine(model), drafter(model)
+    want = e.generate([[5]], PARAMS)[0].token_ids
+    with SpeculativeEngine(e, d) as both:
+        assert both.generate([[5]], PARAMS)[0].token_ids == want
+    with pytest.raises(UseError, match="closed"):
+        both.generate([[5]], PARAMS)
+    assert e.generate([[5]], PARAMS)[0].token_ids == want and not d.closed
+    with e, Drafter(d.runner, d.config) as other:
+        pass
+    assert e.guard.closed and other.closed and not d.closed
+
+
+def test_several_engines_in_one_process(tmp_path: Path) -> None:
+    """Streams of engines over different models, taken in turns: each writes what it writes alone, also after another one is closed."""
+    paths = [random_model(tmp_path / str(i), i) for i in range(3)]
+    want = [engine(p).generate([[5, 6]], PARAMS)[0].token_ids for p in paths]
+    engines = [engine(p) for p in paths]
+    streams, got = [e.stream([5, 6], PARAMS) for e in engines], [list[int]() for _ in paths]
+    for turn in range(PARAMS.max_tokens):
+        for i, stream in enumerate(streams):
+            if turn < 10 or i != 1:
+                got[i] += next(stream).token_ids
+        if turn == 9:
+            engines[1].close()
+    assert got == [want[0], want[1][:10], want[2]]
+
+
+def elsewhere(call: Callable[[], object]) -> object:
+    """What a call in another thread gives, or the exception that it raises."""
+    found = list[object]()
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except Exception as e:
+            found.append(e)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_two_threads_at_once_get_a_sentence(make: Make, model: Path) -> None:
+    """A second thread comes in the middle of a step of the first: it is refused, the first does not notice, and what it cancels is freed later."""
+    e = make()
+    inner, found = core(e), list[object]()
+    mine = e.stream([9, 9], PARAMS)
+    next(mine)
+    run = inner.runner.run
+
+    def interrupted(batch: object) -> object:
+        if not found:
+            found.extend(elsewhere(call) for call in (
+                lambda: e.generate([[1]], PARAMS), lambda: next(e.stream([1], PARAMS)), inner.step, lambda: inner.open([1], PARAMS), e.close,
+            ))  # fmt: skip
+            assert elsewhere(mine.close) is None
+            assert inner.guard.behind and inner.busy
+        return run(batch)  # type: ignore[arg-type]
+
+    inner.runner.run = interrupted  # type: ignore[method-assign, assignment]
+    got = e.generate([[5]], PARAMS)[0].token_ids
+    assert len(found) == 5
+    for error in found:
+        assert isinstance(error, UseError) and str(error).startswith("another thread is using this engine: ")
+    assert got == engine(model).generate([[5]], PARAMS)[0].token_ids
+    assert elsewhere(lambda: e.generate([[5]], PARAMS)[0].token_ids) == got, "one thread after the other may"
+    check_empty(inner)
+
+
+def test_long_prompts_have_a_bar(make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(texts, "BAR_AFTER", 0)
+    e = make(max_rows=16)
+    want = e.generate([PROMPT, PROMPT[1:]], PARAMS)
+    assert capsys.readouterr() == ("", "")
+    assert [c.token_ids for c in e.generate([PROMPT, PROMPT[1:]], PARAMS, progress=True)] == [c.token_ids for c in want]
+    shown = capsys.readouterr()
+    assert shown.out == "" and "reading" in shown.err and "/279 " in shown.err
+    stream = e.stream(PROMPT[2:], PARAMS, progress=True)
+    next(stream)
+    assert capsys.readouterr().err.rstrip(" ").endswith("\r"), "gone before the text begins"
+    assert "".join(str(c.token_ids) for c in stream) and capsys.readouterr().err == ""
