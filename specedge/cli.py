@@ -19,6 +19,7 @@ from specedge import __version__
 from specedge.config import DraftConfig, EngineConfig, SamplingParams, SpecedgeError
 
 DEMO = Path(__file__).parent / "demo"
+LONG_PROMPT = 1024  # tokens that a server reads for so long that its user is told
 DRAIN = 30.0  # seconds that SIGTERM gives to the open sessions
 
 
@@ -159,6 +160,8 @@ def _generate(args: argparse.Namespace) -> int:
         assert client.tokenizer is not None
         tokens, ids = client.tokenizer.encode(prompt), list[int]()
         text, done = "", None
+        if len(tokens) > LONG_PROMPT and sys.stderr.isatty():
+            _say(f"specedge-edge: waiting for the server to read {len(tokens):,} tokens")
         stream = client.stream(tokens, params)
         try:
             for chunk in stream:

@@ -50,6 +50,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (id, added to its logit); a mapping is taken too
     min_tokens: int = 0  # stop ids cannot win before
     stop: tuple[str, ...] = ()  # strings that end the text and are not part of it
+    n: int = 1  # completions of every prompt
 
     def __post_init__(self) -> None:
         bias = self.logit_bias
@@ -75,6 +76,8 @@ class SamplingParams:
         _require(fine, "logit_bias", self.logit_bias, "token ids with values between -100 and 100")
         _require(len({i for i, _ in self.logit_bias}) == len(self.logit_bias), "logit_bias", self.logit_bias, "one value for each id")
         _require(len(self.logit_bias) <= 1024, "logit_bias", f"of {len(self.logit_bias)} ids", "of at most 1024")
+        _require_int("n", self.n, 1, 128)
+        _require(self.n == 1 or not self.greedy, "n", self.n, "1 at temperature 0, where all completions are the same")
         strings = all(isinstance(s, str) and s for s in self.stop) and len(self.stop) <= 16
         _require(strings, "stop", self.stop, "at most 16 strings, none of them empty")
 
@@ -107,6 +110,17 @@ class SamplingParams:
     def with_seed(self) -> "SamplingParams":
         """The same with a seed: its own, or a fresh one."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
+
+    def each(self) -> "list[SamplingParams]":
+        """The parameters of the n completions, one for each: completion i has the seed `seed + i` modulo 2^64, with which it can be had alone."""
+        first = self.with_seed()
+        assert first.seed is not None
+        return [replace(first, n=1, seed=(first.seed + i) % 2**64) for i in range(self.n)]
+
+    def single(self) -> "SamplingParams":
+        """The same with a seed, for a stream; ValueError if it asks for several completions."""
+        _require(self.n == 1, "n", self.n, "1 for a stream: open one for each seed, or use generate")
+        return self.with_seed()
 
 
 @dataclass(frozen=True, slots=True)

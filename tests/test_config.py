@@ -12,7 +12,7 @@ import pytest
 from specedge.config import GREEDY_BELOW, MAX_ROWS_PER_TREE, DraftConfig, EngineConfig, ModelConfig, SamplingParams
 
 MODEL: dict[str, Any] = dict(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=1000, norm_eps=1e-6, rope_theta=1e4, max_positions=512, tied=True)  # fmt: skip # noqa: E501
-BASE: dict[type, dict[str, Any]] = {SamplingParams: {}, ModelConfig: MODEL, EngineConfig: {}, DraftConfig: {}}
+BASE: dict[type, dict[str, Any]] = {SamplingParams: {"temperature": 1.0}, ModelConfig: MODEL, EngineConfig: {}, DraftConfig: {}}
 NAN, INF = math.nan, math.inf
 POSITIVE = ([1, 2**31 - 1], [0, -1, 2**31, 1.5, "8", None])
 
@@ -38,6 +38,7 @@ TABLE: dict[tuple[type, str], tuple[list[Any], list[Any]]] = {
     ),
     (SamplingParams, "min_tokens"): ([0, 1, 128], [-1, 129, 1.5, NAN]),
     (SamplingParams, "stop"): ([(), ("a",), ("a", "b") * 8], [("",), (1,), ("a",) * 17]),
+    (SamplingParams, "n"): ([1, 2, 128], [0, -1, 129, 1.5, "1", None]),
     (ModelConfig, "hidden"): POSITIVE,
     (ModelConfig, "layers"): POSITIVE,
     (ModelConfig, "heads"): ([2, 64], POSITIVE[1]),
@@ -137,6 +138,17 @@ def test_with_seed_keeps_a_seed(seed: int) -> None:
 def test_seeds_use_all_64_bits() -> None:
     seeds = [SamplingParams().with_seed().seed or 0 for _ in range(64)]
     assert max(seeds) >= 2**60 and len(set(seeds)) == 64  # by chance with odds below 10^-70
+
+
+def test_each_completion_has_a_seed_of_its_own() -> None:
+    params = SamplingParams(temperature=1.0, n=3, seed=2**64 - 2)
+    assert [(p.seed, p.n) for p in params.each()] == [(2**64 - 2, 1), (2**64 - 1, 1), (0, 1)]
+    drawn = [p.seed or 0 for p in SamplingParams(temperature=1.0, n=2).each()]
+    assert drawn[1] == (drawn[0] + 1) % 2**64
+    with pytest.raises(ValueError, match="^n is 2, but must be 1 at temperature 0"):
+        SamplingParams(n=2)
+    with pytest.raises(ValueError, match="^n is 3, but must be 1 for a stream"):
+        params.single()
 
 
 def test_greedy_has_a_sharp_limit() -> None:

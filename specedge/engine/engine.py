@@ -93,6 +93,7 @@ class Engine(TextEngine):
             raise RequestError(f"{asked} exceed the context of {self.runner.context}: shorten one of them")
         if not 0 < sequence.prompt_len <= len(tokens) < sequence.limit:
             raise RequestError(f"{len(tokens)} known tokens do not lie between the prompt of {sequence.prompt_len} and the limit of {sequence.limit}")
+        sequence.keys = self.pool.keys(tokens, salt)
         self._waiting.append(sequence)
         return sequence
 
@@ -127,7 +128,7 @@ class Engine(TextEngine):
     @property
     def busy(self) -> bool:
         """Whether a step would find work."""
-        return self.guard.behind or self._admissible() or any(s.pending > 1 or s.wants_token for s in self._running)
+        return self.guard.behind or self._admissible() is not None or any(s.pending > 1 or s.wants_token for s in self._running)
 
     # ------------------------------------------------------------------------------------------------------------------
     # the step
@@ -158,17 +159,23 @@ class Engine(TextEngine):
 
     def _admit(self) -> None:
         """Move sequences from waiting to running, in order of arrival, while there is room for what they hold already."""
-        while self._admissible():
-            s = self._waiting.pop(0)
+        while (s := self._admissible()) is not None:
+            self._waiting.remove(s)
             s.table, s.computed = self.pool.open(s.tokens, s.salt)
             self._running.append(s)
 
-    def _admissible(self) -> bool:
-        """Whether the first that waits has room beside the tokens of all who run, with a page to spare for each: else it would be preempted soon."""
+    def _admissible(self) -> Sequence | None:
+        """The first that waits, if it has room beside the tokens of all who run, with a page to spare for each: else it would be preempted soon.
+        One that begins with a page which is being computed right now lets others pass: soon it finds that page and need not compute it again."""
         if not self._waiting or len(self._running) >= self.runner.sizes.max_sequences:
-            return False
+            return None
+        size = self.pool.page_size
+        coming = {r.keys[r.computed // size] for r in self._running if r.computed // size < len(r.keys)}
+        first = next((s for s in self._waiting if coming.isdisjoint(s.keys)), None)
         owed = sum(1 + max(0, self.pool.pages_for(len(s.tokens)) - len(s.table.pages)) for s in self._running if s.table)
-        return not self._running or self.pool.pages_for(len(self._waiting[0].tokens)) + owed <= self.pool.available
+        if first is None or (self._running and self.pool.pages_for(len(first.tokens)) + owed > self.pool.available):
+            return None
+        return first
 
     def _reserve(self, s: Sequence, tokens: int, jobs: list[Job]) -> bool:
         """Pages for the first `tokens` of `s`, taken from the latest arrivals if need be; False: `s` itself has to wait. Whoever came first is

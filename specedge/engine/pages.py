@@ -105,6 +105,14 @@ class PagePool:
         self.hits += shared
         return table, shared
 
+    def keys(self, tokens: list[int], salt: bytes = b"") -> list[bytes]:
+        """The chained hashes of the pages that `tokens` fill, but for the last token: under these they can be found."""
+        size, key, found = self.page_size, hashlib.sha256(salt).digest(), list[bytes]()
+        for at in range(0, (len(tokens) - 1) // size * size, size):
+            key = chain(key, tuple(tokens[at : at + size]))
+            found.append(key)
+        return found
+
     def take(self, n: int) -> list[int]:
         """`n` pages that nobody holds, idle ones last."""
         if n > self.available:

@@ -22,6 +22,7 @@ class Sequence:
     stop: frozenset[int]  # ids that end the text
     salt: bytes = b""  # who may share its pages
     order: int = 0  # of arrival
+    keys: list[bytes] = field(default_factory=list)  # of the full pages that its known tokens begin with
     table: PageTable | None = None  # None while it waits for admission
     computed: int = 0
     tree: TokenTree | None = None  # offered and not yet verified

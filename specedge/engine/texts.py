@@ -144,14 +144,15 @@ class TextEngine(ABC):
     def generate(
         self, prompts: str | Iterable[str | list[int]], params: SamplingParams | None = None, *, progress: bool = False
     ) -> list[Completion]:
-        """Complete all prompts, batched; one string is one prompt. `progress`: a bar on stderr while long prompts are read. Raises RequestError
-        before anything runs if one of them cannot be served, UseError if the engine is closed or in another thread's hands."""
+        """Complete all prompts, batched; one string is one prompt. Completion i of prompt p stands at p * params.n + i, and its seed is the first
+        one's plus i. `progress`: a bar on stderr while long prompts are read. Raises RequestError before anything runs if one of them cannot be
+        served, UseError if the engine is closed or in another thread's hands."""
         params = params or SamplingParams()
         texts: list[Text] = []
         with self.guard:
             try:
                 for tokens in [self.encode(p) for p in ([prompts] if isinstance(prompts, str) else prompts)]:
-                    texts.append(self.begin(tokens, params))
+                    texts += [self.begin(tokens, each) for each in params.each()]
                 bar = Bar(texts, progress)
                 while any(t.output.completion is None for t in texts):
                     self.advance()
@@ -163,8 +164,8 @@ class TextEngine(ABC):
 
     def stream(self, prompt: str | list[int], params: SamplingParams | None = None, *, progress: bool = False) -> Generator[Chunk]:
         """Complete one prompt piece by piece; the last chunk holds the completion. Dropping the iterator cancels the text. Several streams of one
-        engine may be mixed: a step of one advances all. Errors as in `generate`."""
-        text = self.begin(self.encode(prompt), params or SamplingParams())
+        engine may be mixed: a step of one advances all. Errors as in `generate`, and ValueError if params.n is not 1."""
+        text = self.begin(self.encode(prompt), (params or SamplingParams()).single())
         bar = Bar([text], progress)
         try:
             while text.output.completion is None or text.chunks:

@@ -96,19 +96,22 @@ class Edge:
     # the caller's side
 
     def generate(self, prompts: str | Iterable[str | list[int]], params: SamplingParams | None = None) -> list[Completion]:
-        """Complete all prompts at once; ids as the target alone gives them. Raises the first ServerError."""
+        """Complete all prompts at once; ids, order and seeds of several completions as the target alone gives them (Engine.generate). Raises the
+        first ServerError."""
+        params = params or SamplingParams()
         texts: list[Text] = []
         try:
             for p in [prompts] if isinstance(prompts, str) else prompts:
-                texts.append(self._begin(p, params or SamplingParams()))
+                texts += [self._begin(p, each) for each in params.each()]
             return [c.completion for t in texts for c in self._chunks(t) if c.completion]
         finally:
             for t in texts:
                 self._tell(t, False)
 
     def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Generator[Chunk]:
-        """Complete one prompt piece by piece; the last chunk holds the completion. Dropping the iterator cancels the text."""
-        text = self._begin(prompt, params or SamplingParams())
+        """Complete one prompt piece by piece; the last chunk holds the completion. Dropping the iterator cancels the text. Errors as in `generate`,
+        and ValueError if params.n is not 1."""
+        text = self._begin(prompt, (params or SamplingParams()).single())
         try:
             yield from self._chunks(text)
         finally:
@@ -139,7 +142,6 @@ class Edge:
             raise ServerError("the prompt holds something that is no token id")
         if self._closing:
             raise ServerError("this edge is closed")
-        params = params.with_seed()
         assert params.seed is not None
         text = Text(list(prompt), len(prompt), params, Output(self.tokenizer, len(prompt), params.seed, params.stop))
         self._tell(text, True)

@@ -1,9 +1,10 @@
-"""What callers of an engine rely on beside its ids: closing, several engines, one thread at a time, a bar."""
+"""What callers of an engine rely on beside its ids: several completions, closing, several engines, one thread at a time, a bar."""
 
 import gc
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,51 @@ def make(request: pytest.FixtureRequest, model: Path) -> Make:
 
 def core(e: TextEngine) -> Engine:
     return e.engine if isinstance(e, SpeculativeEngine) else e  # type: ignore[return-value]
+
+
+def test_completions_come_prompt_by_prompt_and_can_be_had_alone(make: Make, model: Path) -> None:
+    e = make(page_size=16)
+    done = e.generate([PROMPT, [5]], replace(PARAMS, n=3))
+    assert [c.seed for c in done] == [2**64 - 2, 2**64 - 1, 0] * 2
+    assert [c.prompt_tokens for c in done] == [140] * 3 + [1] * 3
+    assert len({tuple(c.token_ids) for c in done}) == 6
+    for prompt, three in ((PROMPT, done[:3]), ([5], done[3:])):
+        for c in three:
+            assert engine(model).generate([prompt], replace(PARAMS, seed=c.seed))[0].token_ids == c.token_ids
+    drawn = e.generate([[5], [5]], replace(PARAMS, seed=None, n=2))
+    assert len({c.seed for c in drawn}) == 4, "each prompt has a seed of its own"
+    check_empty(core(e))
+
+
+def test_completions_share_the_pages_of_their_prompt(model: Path) -> None:
+    """The prompt is computed once: the others wait for its pages, and strangers pass them meanwhile."""
+    e = engine(model, page_size=16, max_rows=32)
+    rows = list[int]()
+    run = e.runner.run
+
+    def counted(batch: object) -> object:
+        rows.append(batch.rows)  # type: ignore[attr-defined]
+        return run(batch)  # type: ignore[arg-type]
+
+    e.runner.run = counted  # type: ignore[method-assign, assignment]
+    e.generate([PROMPT], replace(PARAMS, n=8, max_tokens=1))
+    assert sum(rows) == 140 + 7 * (140 - 128) and e.pool.hits == 7 * 128
+    mine, twin, stranger = (e.open([*p], PARAMS) for p in ([9] * 100, [9] * 90, [1, 2]))
+    for s in (mine, twin, stranger):
+        e.run_until(s, 200)
+    e.step()
+    assert (mine.table is not None, twin.table is not None, stranger.table is not None) == (True, False, True)
+    while not all(s.finish for s in (mine, twin, stranger)):
+        e.step()
+    assert twin.tokens[90:] == engine(model).generate([[9] * 90], PARAMS)[0].token_ids
+    check_empty(e)
+
+
+def test_a_stream_is_one_text(make: Make) -> None:
+    e = make()
+    with pytest.raises(ValueError, match="^n is 2, but must be 1 for a stream"):
+        next(e.stream([5], replace(PARAMS, n=2)))
+    check_empty(core(e))
 
 
 @pytest.mark.parametrize("prompt", [5, [5, "a"], [[5]], None, b"ab"], ids=repr)
