@@ -7,15 +7,15 @@ if TYPE_CHECKING:
     from specedge.config import DraftConfig, EngineConfig, SamplingParams, SpecedgeError
     from specedge.engine.drafter import Drafter
     from specedge.engine.engine import Engine
-    from specedge.engine.request import Chunk, Completion
+    from specedge.engine.request import Chunk, Completion, Logprobs
     from specedge.engine.speculative import SpeculativeEngine
     from specedge.net.edge import Edge
     from specedge.net.server import Server
 
 __version__ = "0.1.0"
 __all__ = [
-    "Chunk", "Completion", "DraftConfig", "Drafter", "Edge", "Engine", "EngineConfig", "SamplingParams", "Server", "SpecedgeError",
-    "SpeculativeEngine",
+    "Chunk", "Completion", "DraftConfig", "Drafter", "Edge", "Engine", "EngineConfig", "Logprobs", "SamplingParams", "Server",
+    "SpecedgeError", "SpeculativeEngine",
 ]
 
 _HOME = {
@@ -26,6 +26,7 @@ _HOME = {
     "Edge": "net.edge",
     "Engine": "engine.engine",
     "EngineConfig": "config",
+    "Logprobs": "engine.request",
     "SamplingParams": "config",
     "Server": "net.server",
     "SpecedgeError": "config",

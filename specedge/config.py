@@ -50,6 +50,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (id, added to its logit); a mapping is taken too
     min_tokens: int = 0  # stop ids cannot win before
     stop: tuple[str, ...] = ()  # strings that end the text and are not part of it
+    logprobs: int | None = None  # log-probabilities of every token and of the so many likeliest ones, -1: of all; None: none at all
     n: int = 1  # completions of every prompt
 
     def __post_init__(self) -> None:
@@ -76,6 +77,8 @@ class SamplingParams:
         _require(fine, "logit_bias", self.logit_bias, "token ids with values between -100 and 100")
         _require(len({i for i, _ in self.logit_bias}) == len(self.logit_bias), "logit_bias", self.logit_bias, "one value for each id")
         _require(len(self.logit_bias) <= 1024, "logit_bias", f"of {len(self.logit_bias)} ids", "of at most 1024")
+        ranks = self.logprobs is None or (isinstance(self.logprobs, int) and -1 <= self.logprobs < 2**31)
+        _require(ranks, "logprobs", self.logprobs, "None, or an integer of at least -1")
         _require_int("n", self.n, 1, 128)
         _require(self.n == 1 or not self.greedy, "n", self.n, "1 at temperature 0, where all completions are the same")
         strings = all(isinstance(s, str) and s for s in self.stop) and len(self.stop) <= 16

@@ -38,6 +38,7 @@ TABLE: dict[tuple[type, str], tuple[list[Any], list[Any]]] = {
     ),
     (SamplingParams, "min_tokens"): ([0, 1, 128], [-1, 129, 1.5, NAN]),
     (SamplingParams, "stop"): ([(), ("a",), ("a", "b") * 8], [("",), (1,), ("a",) * 17]),
+    (SamplingParams, "logprobs"): ([None, -1, 0, 20, 2**31 - 1], [-2, 2**31, 1.5, "1", NAN]),
     (SamplingParams, "n"): ([1, 2, 128], [0, -1, 129, 1.5, "1", None]),
     (ModelConfig, "hidden"): POSITIVE,
     (ModelConfig, "layers"): POSITIVE,

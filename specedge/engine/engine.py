@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from specedge.config import EngineConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.hub import locate
@@ -231,29 +233,39 @@ class Engine(TextEngine):
         )
         return Job(s, grant, tree, first)
 
-    def _sample(self, batch: BatchBuilder, jobs: list[Job]) -> Iterator[int]:
-        """Run the batch and sample every row from each root down, in the order of the jobs."""
+    def _sample(self, batch: BatchBuilder, jobs: list[Job]) -> Iterator[tuple[list[int], Tensor | None]]:
+        """Run the batch and sample every row from each root down. For every job that wants a token, in their order: the tokens of its rows and, where
+        log-probabilities are asked for, the logits `[rows, V]` of them as the model gave them."""
         asks = []
         for job in jobs:
             if job.grant.token:
                 s = job.sequence
                 asks.append(Ask(s.params, s.tokens, s.prompt_len, s.stop, job.tree.texts()))
         logits = self.runner.run(batch)
-        return iter(self._sampler(logits, asks) if asks else [])
+        if not asks:
+            return iter([])
+        each = logits.split_with_sizes([len(ask.paths) for ask in asks])
+        raw = [rows.clone() if ask.params.logprobs is not None else None for ask, rows in zip(asks, each, strict=True)]  # sampling changes logits
+        sampled = iter(self._sampler(logits, asks))
+        return iter([([next(sampled) for _ in ask.paths], rows) for ask, rows in zip(asks, raw, strict=True)])
 
-    def _accept(self, job: Job, sampled: Iterator[int]) -> Verdict | None:
+    def _accept(self, job: Job, sampled: Iterator[tuple[list[int], Tensor | None]]) -> Verdict | None:
         """Walk the tree, commit the K/V of what was accepted, extend the text."""
         s, grant = job.sequence, job.grant
         kept = list(range(job.first, job.first + grant.chain))
         verdict = None
         if grant.token:
             base = len(s.tokens)
-            tokens = [next(sampled) for _ in range(len(job.tree) + 1)]
+            tokens, logits = next(sampled)
             row, path, last, s.finish = walk(job.tree, tokens, s.stop, s.limit - base)
-            kept += [job.first + grant.chain - 1 + r for r in job.tree.path(row)]
+            rows = job.tree.path(row)
+            kept += [job.first + grant.chain - 1 + r for r in rows]
+            logprobs = None
+            if logits is not None and s.params.logprobs is not None:
+                logprobs = self._sampler.logprobs(logits[[0, *rows]], [*path, last], s.params.logprobs)
             s.tokens += [*path, last]
             s.tree = None
-            verdict = Verdict(s, base, row, tuple(path), (last,), grant.chain + len(job.tree), s.finish)
+            verdict = Verdict(s, base, row, tuple(path), (last,), grant.chain + len(job.tree), s.finish, logprobs)
         assert s.table is not None
         self.runner.commit(kept, *s.table.locate(s.computed, s.computed + len(kept)))
         s.computed += len(kept)

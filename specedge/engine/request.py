@@ -45,6 +45,17 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Natural logarithms of probabilities where one token was chosen: its own, and the `top` likeliest as (id, logarithm), best first, the smaller id
+    among equals. They are the log_softmax of the model's own logits over the ids of the tokenizer: before bias, penalties, temperature and
+    filters, so they say what the model thinks, whatever the token was drawn with."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What a step found: the path to `row` of the offered tree is accepted and `tokens` follow it, from length `base` on."""
 
@@ -55,6 +66,7 @@ class Verdict:
     tokens: tuple[int, ...]
     verified: int  # rows that were run for it
     finish: str
+    logprobs: tuple[Logprobs, ...] | None = None  # of path and tokens, if the parameters ask for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +88,8 @@ class Speculation:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished text. `token_ids` holds the id that closed it, `text` does not show it; `finish_reason` is stop, length or cancelled."""
+    """A finished text. `token_ids` holds the id that closed it, `text` does not show it; `finish_reason` is stop, length or cancelled; `logprobs`
+    has one entry for each of `token_ids`, or is None if the parameters do not ask for it."""
 
     text: str
     token_ids: list[int]
@@ -84,15 +97,17 @@ class Completion:
     prompt_tokens: int
     seed: int
     speculation: Speculation = field(default_factory=Speculation)
+    logprobs: list[Logprobs] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a text in the making; the last one carries the whole as `completion`."""
+    """A piece of a text in the making, with the `logprobs` of its `token_ids`; the last one carries the whole as `completion`."""
 
     text: str
     token_ids: list[int]
     completion: Completion | None = None
+    logprobs: list[Logprobs] | None = None
 
 
 def walk(tree: TokenTree, sampled: list[int], stop: frozenset[int], room: int) -> tuple[int, list[int], int, str]:
@@ -116,7 +131,6 @@ def walk(tree: TokenTree, sampled: list[int], stop: frozenset[int], room: int) -
         path.append(token)
 
 
-
 class Output:
     """Gathers the tokens of one text as they are committed and turns them into chunks."""
 
@@ -129,12 +143,14 @@ class Output:
         self._shown = 0  # characters given out; the rest may be the beginning of a stop string
         self._prompt_tokens, self._seed = prompt_tokens, seed
         self.token_ids: list[int] = []
+        self._logprobs: list[Logprobs] | None = None
         self.speculation = Speculation()
         self.completion: Completion | None = None
 
-    def add(self, tokens: Iterable[int], finish: str) -> Chunk:
-        """The next tokens; with `finish` they are the last ones, and the closing id of a stop is not shown. A stop string ends the text as well, at
-        the token that completes it: what comes behind is dropped, so that the result does not depend on how tokens were grouped."""
+    def add(self, tokens: Iterable[int], finish: str, logprobs: Iterable[Logprobs] | None = None) -> Chunk:
+        """The next tokens, perhaps with their log-probabilities; with `finish` they are the last ones, and the closing id of a stop is not shown. A
+        stop string ends the text as well, at the token that completes it: what comes behind is dropped, so that the result does not depend on how
+        tokens were grouped."""
         ids, before = list(tokens), len(self.token_ids)
         for group in [[i] for i in ids] if self._stop else [ids]:
             last = bool(finish) and len(self.token_ids) + len(group) == before + len(ids)
@@ -148,6 +164,12 @@ class Output:
                 break
         held = 0 if finish else max((n for s in self._stop for n in range(1, len(s)) if self._text.endswith(s[:n])), default=0)
         text, self._shown = self._text[self._shown : len(self._text) - held], len(self._text) - held
+        new = self.token_ids[before:]
+        found_logprobs = None if logprobs is None else list(logprobs)[: len(new)]
+        if found_logprobs is not None:
+            self._logprobs = (self._logprobs or []) + found_logprobs
         if finish:
-            self.completion = Completion(self._text, self.token_ids, finish, self._prompt_tokens, self._seed, self.speculation)
-        return Chunk(text, self.token_ids[before:], self.completion)
+            self.completion = Completion(
+                self._text, self.token_ids, finish, self._prompt_tokens, self._seed, self.speculation, self._logprobs
+            )  # fmt: skip
+        return Chunk(text, new, self.completion, found_logprobs)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specedge import kernels
 from specedge.config import SamplingParams
+from specedge.engine.request import Logprobs
 
 Key = tuple[int, int]  # (seed, position of the token being sampled)
 
@@ -101,6 +102,21 @@ class Sampler:
             logits, self.inverse_temperatures(asks), torch.tensor(min_p, dtype=torch.float32, device=self._device),
             torch.tensor(top_k, dtype=torch.int32, device=self._device), torch.tensor(top_p, dtype=torch.float64, device=self._device), self.limit,
         )  # fmt: skip
+
+    @torch.inference_mode()
+    def logprobs(self, logits: Tensor, tokens: list[int], k: int) -> tuple[Logprobs, ...]:
+        """For every row of `logits [n, V]`, which nothing has processed, what the model thought of its token and of the `k` likeliest (-1: all). Each
+        row is computed by itself, so that its bits do not depend on the others."""
+        found = []
+        k = self.limit if k < 0 else min(k, self.limit)
+        for row, token in zip(logits[:, : self.limit], tokens, strict=True):
+            log_p, top = row.log_softmax(-1), list[tuple[int, float]]()
+            if k:
+                ids = (row >= row.topk(k).values[-1]).nonzero()[:, 0]  # at least k: of equals the smaller ids are wanted, topk gives any
+                ids = ids[row[ids].sort(descending=True, stable=True).indices[:k]]
+                top = list(zip(ids.tolist(), log_p[ids].tolist(), strict=True))
+            found.append(Logprobs(token, float(log_p[token]), tuple(top)))
+        return tuple(found)
 
     def inverse_temperatures(self, asks: list[Ask]) -> Tensor:
         """1/T of every row `[n]` float32, rounded once from float64; 1 for greedy rows."""

@@ -97,7 +97,7 @@ class Edge:
 
     def generate(self, prompts: str | Iterable[str | list[int]], params: SamplingParams | None = None) -> list[Completion]:
         """Complete all prompts at once; ids, order and seeds of several completions as the target alone gives them (Engine.generate). Raises the
-        first ServerError."""
+        first ServerError, and ValueError for log-probabilities, which do not cross the network."""
         params = params or SamplingParams()
         texts: list[Text] = []
         try:
@@ -132,6 +132,8 @@ class Edge:
         self.close()
 
     def _begin(self, prompt: str | list[int], params: SamplingParams) -> Text:
+        if params.logprobs is not None:
+            raise ValueError(f"logprobs is {params.logprobs}, but must be None here: only token ids cross the network; ask an Engine for them")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ServerError("there is no tokenizer here: name a draft, or a tokenizer, or give the prompt as token ids")
