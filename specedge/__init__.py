@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specedge.config import DraftConfig, EngineConfig, SamplingParams, SpecedgeError
+    from specedge.engine.aio import AsyncEngine
     from specedge.engine.drafter import Drafter
     from specedge.engine.engine import Engine
     from specedge.engine.request import Chunk, Completion, Logprobs
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Chunk", "Completion", "DraftConfig", "Drafter", "Edge", "Engine", "EngineConfig", "Logprobs", "SamplingParams", "Server",
+    "AsyncEngine", "Chunk", "Completion", "DraftConfig", "Drafter", "Edge", "Engine", "EngineConfig", "Logprobs", "SamplingParams", "Server",
     "SpecedgeError", "SpeculativeEngine",
 ]
 
 _HOME = {
+    "AsyncEngine": "engine.aio",
     "Chunk": "engine.request",
     "Completion": "engine.request",
     "DraftConfig": "config",
