@@ -34,7 +34,7 @@ def _require_int(name: str, value: object, low: int, high: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the text of one sequence is drawn. `seed` None: drawn at random once, and reported (`with_seed`)."""
+    """How a text is drawn. `seed` None: drawn at random once, and reported (`with_seed`). Out of range is a ValueError that names the field."""
 
     temperature: float = 0.0
     max_tokens: int = 128
@@ -50,7 +50,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (id, added to its logit); a mapping is taken too
     min_tokens: int = 0  # stop ids cannot win before
     stop: tuple[str, ...] = ()  # strings that end the text and are not part of it
-    logprobs: int | None = None  # log-probabilities of every token and of the so many likeliest ones, -1: of all; None: none at all
+    logprobs: int | None = None  # report those of every token and of the so many likeliest, -1: of all (request.Logprobs); None: none
     n: int = 1  # completions of every prompt
 
     def __post_init__(self) -> None:

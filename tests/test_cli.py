@@ -316,6 +316,15 @@ def test_failures_of_the_edge(house: House, run: Runner, arguments: list[str], s
     failed(run("edge", "generate", *usual, *(a.format(**values) for a in arguments)), sentence)
 
 
+def test_a_long_prompt_is_announced_on_a_terminal(house: House, run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = ("--max-tokens", 2, "--no-draft", "--tokenizer", house.target, "--prompt", "x" * 1500)
+    first = run("edge", "generate", "--server", house.address, *usual)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    second = run("edge", "generate", "--server", house.address, *usual)
+    assert first.status == second.status == 0 and second.out == first.out
+    assert second.err.startswith("specedge-edge: waiting for the server to read 1,500 tokens\n") and "waiting" not in first.err
+
+
 def test_without_a_draft_the_tokenizer_is_named(house: House, run: Runner) -> None:
     usual = ("generate", "--server", house.address, "--prompt", PROMPT)
     failed(run("edge", *usual), "say how to draft")

@@ -1,19 +1,23 @@
 """The shape of the code, read from its source: which file may import which, how long files are, and what may not be used at all."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 
 import pytest
+
+import specedge
 
 ROOT = Path(__file__).parents[1]
 LEVELS = {"config": 0, "tree": 0, "text": 0, "kernels": 1, "engine": 2, "net": 3, "cli": 4}
 EXTENSION = "_C"  # the compiled ops, wherever they are put; only kernels may touch them
 MAX_LINES = 500
 WIRE_MAY_IMPORT = {"specedge.tree", "numpy", "struct", "msgspec", "typing"}
-OUTSIDE = {"tests", "bench", "tools", "transformers"}
+OUTSIDE = {"tests", "bench", "tools", "examples", "transformers"}
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {
     "eval", "exec", "builtins.eval", "builtins.exec", "torch.load", "os.system", "os.popen",
@@ -133,6 +137,19 @@ def test_files_stay_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_LINES
 
 
+def undocumented(name: str, kind: type) -> list[str]:
+    """Which of a class and of its public methods and properties say nothing of themselves; fields are said beside them, or in the class."""
+    members = {f"{name}.{m}": inspect.getattr_static(kind, m) for m in dir(kind) if not m.startswith("_")}
+    methods = {n: m for n, m in members.items() if isinstance(m, property | classmethod | staticmethod | FunctionType)}
+    return [n for n, m in {name: kind, **methods}.items() if not (inspect.getdoc(m) or "").strip()]
+
+
+@pytest.mark.parametrize("name", specedge.__all__)
+def test_public_names_are_documented(name: str) -> None:
+    kind = getattr(specedge, name)
+    assert undocumented(name, kind) == [] and not kind.__doc__.startswith(f"{name}("), "a dataclass without a docstring gets its signature"
+
+
 def test_wire_imports_only_what_an_edge_has() -> None:
     names = list(imports((ROOT / "specedge/net/wire.py").read_text(), "specedge.net.wire"))
     assert names and [n for n in names if not any(n == may or n.startswith(may + ".") for may in WIRE_MAY_IMPORT)] == []
@@ -196,6 +213,19 @@ def test_the_reader_of_dangers_passes(source: str) -> None:
 def test_the_reader_of_docstrings() -> None:
     assert opens_with_docstring("") and opens_with_docstring("\n") and opens_with_docstring('"""What it does."""\nx = 1')
     assert not opens_with_docstring("x = 1") and not opens_with_docstring('x = 1\n"""Late."""') and not opens_with_docstring('""" """\n')
+
+
+def test_the_reader_of_public_names() -> None:
+    class Silent:
+        field = 1
+
+        def method(self) -> None: ...
+
+        @property
+        def value(self) -> None:
+            """Says something."""
+
+    assert undocumented("S", Silent) == ["S", "S.method"]
 
 
 def test_the_cpu_path_does_not_import_triton() -> None:

@@ -47,7 +47,7 @@ def is_private(endpoint: str) -> bool:
 class Server:
     """Serves `engine` on `listen` until `stop`, which must be called even if `start` never was. Binds at construction: `endpoint` then holds the
     real address, and `address` what an Edge on this machine is given. Between `start` and `stop` nobody else can use the engine, which stays open.
-    Or use it as a context manager."""
+    Or use it as a context manager. Raises ListenError for an address that cannot be served on."""
 
     def __init__(self, engine: Engine, listen: str = "tcp://127.0.0.1:0", *, model: bytes = b"", insecure: bool = False) -> None:
         if not listen.startswith(("tcp://", "ipc://")):
