@@ -16,6 +16,7 @@ from specedge.engine.weights import LayerWeights, Weights
 from specedge.kernels.linear import Linear
 
 SHAPES = {
+    "tiny": ModelConfig(64, 2, 4, 2, 16, 128, 256, 1e-6, 1e4, 8192, True),  # for tests of the benchmarks themselves
     "60m": ModelConfig(512, 8, 8, 2, 64, 1536, 32000, 1e-6, 1e6, 8192, True),
     "0.5b": ModelConfig(896, 24, 14, 2, 64, 4864, 151936, 1e-6, 1e6, 8192, True),  # as Qwen2.5-0.5B
     "1.5b": ModelConfig(1536, 28, 12, 2, 128, 8960, 151936, 1e-6, 1e6, 8192, True),  # as Qwen2.5-1.5B
@@ -37,18 +38,26 @@ def median_ms(run: Callable[[], object], seconds: float = 2.0, least: int = 5) -
     return statistics.median(times)
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
-    """What this machine can do now: a streaming sum in GB/s, and the best bf16 product of 512 to 2048 rows in GFLOP/s."""
-    stream = torch.ones(500_000_000, device=device)
-    gb_per_s = stream.numel() * 4 / median_ms(stream.sum) / 1e6
-    del stream
+def stream_ceiling(stream: torch.Tensor, seconds: float = 2.0) -> float:
+    """What memory gives now, in GB/s: a sum over `stream`, which must be far larger than the caches."""
+    return stream.numel() * stream.itemsize / median_ms(stream.sum, seconds, 1) / 1e6
+
+
+def gemm_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """The best product of 512 to 2048 rows with a square matrix, in GFLOP/s."""
     best = 0.0
-    weight = torch.randn(4096, 4096).to(device, torch.bfloat16)
+    weight = torch.randn(4096, 4096).to(device, dtype)
     layer = Linear(weight)
     for rows in (512, 1024, 2048):
-        x = torch.randn(rows, 4096).to(device, torch.bfloat16)
-        best = max(best, 2 * rows * weight.numel() / median_ms(lambda x=x: layer(x), 1.0) / 1e6)  # type: ignore[misc]
-    return {"stream_gb_per_s": gb_per_s, "gemm_gflop_per_s": best}
+        x = torch.randn(rows, 4096).to(device, dtype)
+        best = max(best, 2 * rows * weight.numel() / median_ms(lambda x=x: layer(x), seconds, 1) / 1e6)  # type: ignore[misc]
+    return best
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What this machine can do now: streaming in GB/s, products in bfloat16 in GFLOP/s."""
+    stream = torch.ones(500_000_000, device=device)
+    return {"stream_gb_per_s": stream_ceiling(stream), "gemm_gflop_per_s": gemm_ceiling(device, torch.bfloat16)}
 
 
 def random_runner(c: ModelConfig, sizes: EngineConfig, device: torch.device, dtype: torch.dtype) -> Runner:
@@ -71,7 +80,7 @@ def random_runner(c: ModelConfig, sizes: EngineConfig, device: torch.device, dty
     return Runner(Decoder(c, Weights(embedding, layers, ones, Linear(embedding)), c.max_positions), sizes, sizes.max_rows)
 
 
-def weight_bytes(c: ModelConfig, itemsize: int) -> int:
+def weight_bytes(c: ModelConfig, itemsize: float) -> float:
     """Bytes of weights that a forward pass reads, the output head among them."""
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     return itemsize * (c.layers * c.hidden * (2 * q + 2 * kv + 3 * c.ffn) + c.vocab * c.hidden)
