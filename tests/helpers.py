@@ -1,8 +1,11 @@
 """Small random models in Hugging Face format, and engines over them."""
 
+import itertools
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -11,6 +14,7 @@ from specedge.config import DraftConfig, EngineConfig
 from specedge.engine.drafter import Drafter
 from specedge.engine.engine import Engine
 from specedge.engine.runner import Runner
+from specedge.tree import TokenTree, make_tree
 
 BYTES = 257  # vocabulary of `byte_tokenizer`: every byte and an end
 TINY = {
@@ -77,9 +81,44 @@ def drafter(path: Path, config: DraftConfig | None = None) -> Drafter:
     return Drafter(Runner.load(path, config.engine, config.max_sessions * 256, "cpu", "float32", False), config)
 
 
+def pairwise(*values: Sequence[object]) -> list[tuple[object, ...]]:
+    """Few cells of the product such that every pair of values of two factors occurs, chosen greedily and always alike."""
+    cells = list(itertools.product(*values))
+    missing = set().union(*map(pairs, cells))
+    chosen = []
+    while missing:
+        chosen.append(max(cells, key=lambda c: len(pairs(c) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen
+
+
+def pairs(cell: Sequence[object]) -> set[tuple[int, int, object, object]]:
+    """Which two values meet in `cell`, with the numbers of their factors."""
+    return {(i, j, cell[i], cell[j]) for i, j in itertools.combinations(range(len(cell)), 2)}
+
+
+def covers_all_pairs(cells: Iterable[Sequence[object]], *values: Sequence[object]) -> bool:
+    """Whether any two values of two factors meet in one of `cells`."""
+    want = {(i, j, a, b) for i, j in itertools.combinations(range(len(values)), 2) for a in values[i] for b in values[j]}
+    return set().union(*map(pairs, cells)) == want
+
+
+def random_tree(rng: np.random.Generator, nodes: int, honest: float, truth: Sequence[int], vocab: int) -> TokenTree:
+    """At most `nodes` nodes. A share `honest` lies below the node before it, and that share carries the token that `truth` has at its depth."""
+    tokens, parents, depth, there = list[int](), list[int](), [0], set[tuple[int, int]]()
+    for _ in range(nodes):
+        parent = len(tokens) if rng.random() < honest else int(rng.integers(0, len(tokens) + 1))
+        true = rng.random() < honest and depth[parent] < len(truth)
+        token = truth[depth[parent]] if true else int(rng.integers(0, vocab))
+        if (parent, token) not in there:
+            there.add((parent, token))
+            tokens.append(token)
+            parents.append(parent)
+            depth.append(depth[parent] + 1)
+    return make_tree(tokens, parents)
+
+
 def check_empty(e: Engine) -> None:
     """Nothing is left behind in an idle engine."""
     e.pool.check()
     assert not e.busy and e.pool.available == e.pool.total
-
-

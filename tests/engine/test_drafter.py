@@ -34,8 +34,8 @@ def digest(path: list[int]) -> int:
 class FakeRunner:
     """Stands in for engine.runner.Runner: pages and row buffer hold (digest, position), logits are a table of the path's digest."""
 
-    def __init__(self, rows: int, context: int = 400, page_size: int = 16, max_rows: int = 48) -> None:
-        self.sizes = EngineConfig(kv_tokens=2048, page_size=page_size, max_rows=max_rows)
+    def __init__(self, rows: int, context: int = 400, page_size: int = 16, max_rows: int = 48, pages: int = 128) -> None:
+        self.sizes = EngineConfig(kv_tokens=pages * page_size, page_size=page_size, max_rows=max_rows)
         self.context = context
         self.device = torch.device("cpu")
         self.model = SimpleNamespace(config=SimpleNamespace(vocab=VOCAB))

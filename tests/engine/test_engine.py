@@ -5,9 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from specedge.config import EngineConfig, SamplingParams
 from specedge.engine.engine import Engine
@@ -135,86 +132,6 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(model: Path) -> None:
     e.cancel(s)
     e.cancel(s)
     check_empty(e)
-
-
-class Operations(RuleBasedStateMachine):
-    """Random trees, cancels, neighbours and autopilot: every text stays a prefix of what the model alone writes, and nothing leaks."""
-
-    params = SamplingParams(0.9, 24, seed=9)
-    model: Path
-
-    @initialize()
-    def begin(self) -> None:
-        self.engine = engine(self.model, page_size=16, max_rows=40, kv_tokens=192)  # so few that sequences are preempted
-        self.texts: list[tuple[Sequence, list[int]]] = []
-        self.rng = np.random.default_rng(0)
-
-    @rule(i=st.integers(0, 5))
-    def open(self, i: int) -> None:
-        prompt = prompts(6, 3)[i]
-        self.texts.append((self.engine.open(prompt, self.params), prompt + TRUTH[i]))
-
-    def pick(self, i: int) -> tuple[Sequence, list[int]]:
-        return self.texts[i % len(self.texts)]
-
-    @precondition(lambda self: self.texts)
-    @rule(i=st.integers(0, 9), n=st.integers(0, 45), honest=st.floats(0, 1))
-    def offer(self, i: int, n: int, honest: float) -> None:
-        s, truth = self.pick(i)
-        tokens, parents, below = [], [], set[tuple[int, int]]()
-        for k in range(n):
-            parent = int(self.rng.integers(0, k + 1)) if self.rng.random() > honest else k
-            at = len(s.tokens) + k
-            token = truth[at] if self.rng.random() < honest and at < len(truth) else int(self.rng.integers(0, 105))
-            if (parent, token) not in below and parent <= len(tokens):
-                below.add((parent, token))
-                tokens.append(token)
-                parents.append(parent)
-        if not s.finish:
-            self.engine.offer(s, make_tree(tokens, parents))
-
-    @precondition(lambda self: self.texts)
-    @rule(i=st.integers(0, 9), more=st.integers(0, 9))
-    def run_until(self, i: int, more: int) -> None:
-        s, _ = self.pick(i)
-        self.engine.run_until(s, len(s.tokens) + more)
-
-    @precondition(lambda self: self.texts)
-    @rule(i=st.integers(0, 9))
-    def cancel(self, i: int) -> None:
-        s, _ = self.texts.pop(i % len(self.texts))
-        self.engine.cancel(s)
-
-    @rule(n=st.integers(1, 4))
-    def step(self, n: int) -> None:
-        for _ in range(n):
-            for v in self.engine.step():
-                assert v.sequence.tokens[v.base :] == [*v.path, *v.tokens]
-                assert v.sequence.computed == len(v.sequence.tokens) - 1, "accepted rows are not computed again"
-
-    @invariant()
-    def texts_are_true(self) -> None:
-        if hasattr(self, "engine"):
-            self.engine.pool.check()
-            for s, truth in self.texts:
-                assert s.tokens == truth[: len(s.tokens)]
-
-    def teardown(self) -> None:
-        if hasattr(self, "engine"):
-            for s, _ in self.texts:
-                self.engine.cancel(s)
-            check_empty(self.engine)
-
-
-TRUTH: list[list[int]] = []
-
-
-def test_any_order_of_operations(model: Path) -> None:
-    from hypothesis.stateful import run_state_machine_as_test
-
-    Operations.model = model
-    TRUTH[:] = [engine(model).generate([p], Operations.params)[0].token_ids for p in prompts(6, 3)]
-    run_state_machine_as_test(Operations, settings=settings(max_examples=30, stateful_step_count=30, deadline=None))  # type: ignore[no-untyped-call]
 
 
 def test_common_beginnings_are_computed_once(model: Path) -> None:

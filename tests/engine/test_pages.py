@@ -69,9 +69,6 @@ class Pool(RuleBasedStateMachine):
             self.right(table)
 
 
-TestPool = Pool.TestCase
-
-
 def filled(pool: PagePool, tokens: list[int], salt: bytes = b"") -> PageTable:
     table, shared = pool.open(tokens, salt)
     table.grow(len(tokens) - 1)
