@@ -25,7 +25,7 @@ CASES = {
     "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
     "llama-dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
-    "mistral-window": ("mistral", {"sliding_window": 20}),
+    "mistral-window": ("mistral", {"sliding_window": 20, "num_key_value_heads": 1}),
     "qwen2": ("qwen2", {"use_sliding_window": False}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 1}),
     "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
@@ -50,6 +50,14 @@ def make(path: Path, case: str, seed: int = 0) -> torch.nn.Module:
             p.copy_(torch.randn_like(p) * scale + ("norm" in name))
     model.save_pretrained(path)
     return model
+
+
+def test_the_cases_cover_the_shapes() -> None:
+    shapes = [{**SHAPE, **changes} for _, changes in CASES.values()]
+    heads = {s.get("head_dim", s["hidden_size"] // s["num_attention_heads"]) for s in shapes}
+    assert heads >= {8, 16, 32, 64, 128}
+    assert {s["num_attention_heads"] // s["num_key_value_heads"] for s in shapes} >= {1, 3, 4, 7, 8}
+    assert {s["num_hidden_layers"] for s in shapes} >= {1, 5} and {s["vocab_size"] for s in shapes} >= {105, 512, 4096, 32000}
 
 
 @pytest.mark.parametrize("case", CASES)

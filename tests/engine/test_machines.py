@@ -305,7 +305,7 @@ class Drafts(RuleBasedStateMachine):
         self.seen["operations"] += 1
         s, _ = self.sessions.pop(i % len(self.sessions))
         self.trees.pop(id(s), None)
-        self.drafter.close(s)
+        self.drafter.cancel(s)
 
     @invariant()
     def all_is_right(self) -> None:

@@ -64,7 +64,7 @@ class Text:
 
 
 def assert_logits_equal(path: Path, theirs: torch.nn.Module) -> None:
-    """The model at `path` has the logits of `theirs`, a transformers model: whole, chunked, on pages of other sizes, and as tree rows."""
+    """The model at `path` has the logits of `theirs`, a transformers model: whole, chunked, on pages of other sizes or of others, and as tree rows."""
     vocab, rng = theirs.config.vocab_size, np.random.default_rng(0)
     tokens = rng.integers(0, vocab, 150).tolist()
     with torch.inference_mode():
@@ -72,6 +72,12 @@ def assert_logits_equal(path: Path, theirs: torch.nn.Module) -> None:
     for chunk, page_size in ((150, 64), (1, 64), (7, 16), (64, 64)):
         got = Text(runner(path, page_size=page_size, kv_tokens=512), tokens).run(chunk)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    for page_size in (16, 64):  # the first pages are those of another sequence, as after a prefix-cache hit
+        first = Text(runner(path, page_size=page_size, kv_tokens=512), tokens[:64])
+        first.run(64)
+        hit = Text(first.runner, tokens)
+        hit.computed = 64
+        torch.testing.assert_close(hit.run(50), want[64:], atol=1e-4, rtol=1e-4)
 
     tree = make_tree(rng.integers(0, vocab, 40).tolist(), [int(rng.integers(max(0, i - 5), i + 1)) for i in range(40)])
     text = Text(runner(path, kv_tokens=512), tokens)
