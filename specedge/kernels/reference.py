@@ -132,6 +132,8 @@ def sample(logits: Tensor, noise: Tensor, noise_row: Tensor, inv_temperature: Te
     """
     greedy = (noise_row < 0)[:, None]
     z = logits[:, :limit]
+    if bool(greedy.all()):
+        return z.argmax(-1)  # there may be no noise at all
     disturbed = z * inv_temperature[:, None] + noise[noise_row.clamp(min=0).long(), :limit]
     return torch.where(greedy, z, disturbed).argmax(-1)
 
