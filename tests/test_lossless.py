@@ -17,7 +17,7 @@ from specedge.engine.speculative import SpeculativeEngine
 from specedge.net.edge import Edge
 from specedge.net.server import Server
 from specedge.text import Tokenizer
-from tests.helpers import check_empty, random_model
+from tests.helpers import check_empty, covers_all_pairs, pairwise, random_model
 
 PROMPTS = [
     "def fibonacci(n):", "import os\n\n\nclass Reader:\n    def __init__(self, path):\n", "\n", "    for i in range(",
@@ -26,22 +26,6 @@ PROMPTS = [
 TOKENS = 40
 TEMPERATURES, SIZES, SESSIONS, DRAFTS = (0.0, 0.7, 1.0), (0, 1, 7, 31, 63), (1, 6), ("shipped", "random", "target")
 Cell = tuple[float, int, int, str]
-
-
-def pairwise(*values: tuple[object, ...]) -> set[tuple[object, ...]]:
-    """Few cells of the product such that every pair of values of two factors occurs, chosen greedily and always alike."""
-    cells = list(itertools.product(*values))
-
-    def pairs(cell: tuple[object, ...]) -> set[tuple[int, int, object, object]]:
-        return {(i, j, cell[i], cell[j]) for i, j in itertools.combinations(range(len(cell)), 2)}
-
-    missing = set().union(*map(pairs, cells))
-    chosen = set()
-    while missing:
-        best = max(cells, key=lambda c: len(pairs(c) & missing))
-        chosen.add(best)
-        missing -= pairs(best)
-    return chosen
 
 
 def cells() -> Iterator[object]:
@@ -108,9 +92,7 @@ def test_the_server_alone_streams_the_same_ids(engine: Engine, truth: dict[float
 
 def test_the_pairwise_set_covers_every_pair() -> None:
     values = (TEMPERATURES, SIZES, SESSIONS, DRAFTS)
-    found = {(i, j, c[i], c[j]) for c in pairwise(*values) for i, j in itertools.combinations(range(4), 2)}
-    want = {(i, j, a, b) for i, j in itertools.combinations(range(4), 2) for a in values[i] for b in values[j]}
-    assert found == want
+    assert covers_all_pairs(pairwise(*values), *values)
 
 
 EVERY: dict[str, object] = {
