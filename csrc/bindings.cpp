@@ -4,6 +4,7 @@
 // an exception with a sentence and never a read or write outside a tensor. `scalar` runs the plain twin of a kernel (tests only).
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -25,6 +26,8 @@ void for_each(int64_t tasks, double work, const std::function<void(int64_t)>& f)
     for (int64_t i; (i = next++) < tasks;) f(i);
   });
 }
+
+int64_t threads() { return at::get_num_threads(); }
 
 namespace {
 
@@ -147,6 +150,90 @@ Tensor attention_op(const Tensor& q, const Tensor& rows_kv, const Tensor& pages_
   return out;
 }
 
+// Memory for packed weights, in huge pages where the system gives them.
+Tensor packed_memory(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor out = at::empty(sizes, options);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t HUGE = 2 << 20;
+  const uintptr_t begin = uintptr_t(out.data_ptr()), first = (begin + HUGE - 1) & ~(HUGE - 1), last = (begin + out.nbytes()) & ~(HUGE - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return out;
+}
+
+Tensor linear_pack_op(const Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2 && weight.numel() > 0, "weight must be [N, K] and not empty, is ", weight.sizes());
+  const Tensor in = weight.contiguous();
+  const int64_t n = in.size(0), k = in.size(1);
+  Tensor out;
+  by_dtype(in, "weight", [&]<class T>(T) {
+    constexpr int64_t step = 4 / sizeof(T);
+    out = packed_memory({(n + 31) / 32, (k + step - 1) / step, 32, step}, in.options());
+    linear_pack(data<T>(in), data<T>(out), n, k);
+  });
+  return out;
+}
+
+// q [N, K] and perhaps scales [N, K / 32] -> panels, 8 bits without scales and 4 with them.
+Tensor linear_pack_int_op(const Tensor& q, const std::optional<Tensor>& scale) {
+  check(q, "q", 2, at::kChar);
+  TORCH_CHECK(q.numel() > 0, "q is empty");
+  const int64_t n = q.size(0), k = q.size(1);
+  Tensor out = packed_memory({(n + 31) / 32, (k + INPUTS - 1) / INPUTS, scale ? STEP4 : STEP8}, q.options().dtype(at::kByte));
+  if (!scale) {
+    linear_pack8(data<int8_t>(q), data<uint8_t>(out), n, k);
+  } else {
+    check(*scale, "scale", 2, at::kBFloat16);
+    TORCH_CHECK(scale->sizes() == at::IntArrayRef({n, (k + 31) / 32}), "scale is ", scale->sizes(), " for q ", q.sizes());
+    linear_pack4(data<int8_t>(q), data<bf16>(*scale), data<uint8_t>(out), n, k);
+  }
+  return out;
+}
+
+// Everything of a linear layer but its weights, checked; y is made.
+template <class T>
+Linear<T> linear_of(const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                    Tensor& y) {
+  check(x, "x", 2, DTYPE<T>);
+  if (bias) check(*bias, "bias", 1, DTYPE<T>);
+  if (residual) check(*residual, "residual", 2, DTYPE<T>);
+  TORCH_CHECK(!bias || bias->size(0) == n, "bias must have ", n, " elements");
+  TORCH_CHECK(!residual || residual->sizes() == at::IntArrayRef({x.size(0), n}), "residual must be [", x.size(0), ", ", n, "]");
+  y = at::empty({x.size(0), n}, x.options());
+  return {data<T>(x), packed.data_ptr(), nullptr, bias ? data<T>(*bias) : nullptr, residual ? data<T>(*residual) : nullptr, data<T>(y), x.size(0), n,
+          x.size(1)};
+}
+
+Tensor linear_op(const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                 bool scalar) {
+  Tensor y;
+  by_dtype(x, "x", [&]<class T>(T) {
+    constexpr int64_t step = 4 / sizeof(T);
+    check(packed, "packed", 4, DTYPE<T>);
+    const Linear<T> a = linear_of<T>(x, packed, n, bias, residual, y);
+    TORCH_CHECK(packed.sizes() == at::IntArrayRef({(n + 31) / 32, (a.k + step - 1) / step, 32, step}), "packed is ", packed.sizes(), " for ", n,
+                " outputs of ", a.k, " inputs");
+    if (a.rows) linear(a, scalar);
+  });
+  return y;
+}
+
+Tensor linear_int_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scale, int64_t n, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& residual, bool scalar) {
+  Tensor y;
+  check(packed, "packed", 3, at::kByte);
+  if (scale) check(*scale, "scale", 1, at::kFloat);
+  TORCH_CHECK(!scale || scale->size(0) == n, "scale must have ", n, " elements");
+  by_dtype(x, "x", [&]<class T>(T) {
+    Linear<T> a = linear_of<T>(x, packed, n, bias, residual, y);
+    TORCH_CHECK(packed.sizes() == at::IntArrayRef({(n + 31) / 32, (a.k + INPUTS - 1) / INPUTS, scale ? STEP8 : STEP4}), "packed is ",
+                packed.sizes(), " for ", n, " outputs of ", a.k, " inputs");
+    if (scale) a.scale = data<float>(*scale);
+    if (a.rows) scale ? linear8(a, scalar) : linear4(a, scalar);
+  });
+  return y;
+}
+
 Tensor gumbel_op(int64_t seed, int64_t position, int64_t vocab) {
   TORCH_CHECK(position >= 0 && position <= UINT32_MAX && vocab >= 0 && vocab <= INT32_MAX, "position ", position, ", vocab ", vocab);
   Tensor out = at::empty({vocab}, at::kFloat);
@@ -192,6 +279,10 @@ TORCH_LIBRARY(specedge, m) {
         " -> Tensor");
   m.def("attention(Tensor q, Tensor rows_kv, Tensor pages_kv, Tensor segments, Tensor page_table, Tensor q_pos, Tensor k_pos, Tensor anc,"
         " float scale, int window, bool scalar=False) -> Tensor");
+  m.def("linear_pack(Tensor weight) -> Tensor");
+  m.def("linear(Tensor x, Tensor packed, int n, Tensor? bias, Tensor? residual, bool scalar=False) -> Tensor");
+  m.def("linear_pack_int(Tensor q, Tensor? scale) -> Tensor");
+  m.def("linear_int(Tensor x, Tensor packed, Tensor? scale, int n, Tensor? bias, Tensor? residual, bool scalar=False) -> Tensor");
   m.def("gumbel(int seed, int position, int vocab) -> Tensor", specedge::gumbel_op);
   m.def("sample(Tensor logits, Tensor noise, Tensor noise_row, Tensor inv_temperature, int limit, bool scalar=False) -> Tensor");
   m.def("truncate(Tensor logits, Tensor inv_temperature, Tensor min_p, Tensor top_k, Tensor top_p, int limit) -> Tensor");
@@ -202,6 +293,10 @@ TORCH_LIBRARY_IMPL(specedge, CPU, m) {
   m.impl("silu_mul", specedge::silu_mul_op);
   m.impl("rope_write", specedge::rope_write_op);
   m.impl("attention", specedge::attention_op);
+  m.impl("linear_pack", specedge::linear_pack_op);
+  m.impl("linear", specedge::linear_op);
+  m.impl("linear_pack_int", specedge::linear_pack_int_op);
+  m.impl("linear_int", specedge::linear_int_op);
   m.impl("sample", specedge::sample_op);
   m.impl("truncate", specedge::truncate_op);
 }

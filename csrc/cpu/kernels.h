@@ -13,6 +13,7 @@ namespace specedge {
 
 // Run f(0) .. f(tasks - 1) on torch's threads, or on this one alone if `work` (about: nanoseconds) would not pay for waking others.
 void for_each(int64_t tasks, double work, const std::function<void(int64_t)>& f);
+int64_t threads();  // that torch would use
 
 template <class T>
 void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t width, float eps, bool scalar);
@@ -43,6 +44,32 @@ struct Attention {
 };
 template <class T>
 void attention(const Attention<T>& a, bool scalar);
+
+// y = x W^T (times scale [n]) (plus bias [n]) (plus residual [rows][n]); those may be null.
+template <class T>
+struct Linear {
+  const T* x;
+  const void* packed;
+  const float* scale;
+  const T *bias, *residual;
+  T* out;
+  int64_t rows, n, k;
+};
+// Panels of 32 outputs (linear.h), in each [K/2][32][2] for bf16 (K rounded up) and [K][32] for float; what is not there is zero.
+template <class T>
+void linear_pack(const T* weight, T* packed, int64_t n, int64_t k);
+template <class T>
+void linear(const Linear<T>& a, bool scalar);
+
+// Weights of 8 or 4 bits: panels of 32 outputs, in each a step for every 128 inputs. 8 bits: [32][32][4] of q + 128. 4 bits: for every 32 inputs
+// [4][32][4] of q + 8, the lower half of a byte for inputs 0 .. 15 and the upper for 16 .. 31, then the 32 scales.
+constexpr int64_t INPUTS = 128, STEP8 = INPUTS * 32, STEP4 = INPUTS * 32 / 2 + INPUTS / 32 * 32 * 2;
+void linear_pack8(const int8_t* q, uint8_t* packed, int64_t n, int64_t k);
+void linear_pack4(const int8_t* q, const bf16* scale, uint8_t* packed, int64_t n, int64_t k);  // scale [n][k / 32, rounded up]
+template <class T>
+void linear8(const Linear<T>& a, bool scalar);
+template <class T>
+void linear4(const Linear<T>& a, bool scalar);
 
 void gumbel(uint64_t seed, uint32_t position, float* out, int64_t vocab);
 

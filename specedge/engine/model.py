@@ -35,8 +35,8 @@ class Decoder:
             o = kernels.attention(
                 q, rows[i], pages[i], batch.segments, batch.page_table, batch.positions, batch.k_pos, batch.anc, c.head_dim**-0.5, self.windows[i]
             )
-            x = x + layer.out(o.flatten(1))
-            x = x + layer.down(kernels.silu_mul(layer.gate_up(kernels.rms_norm(x, layer.post_norm, c.norm_eps))))
+            x = layer.out(o.flatten(1), x)
+            x = layer.down(kernels.silu_mul(layer.gate_up(kernels.rms_norm(x, layer.post_norm, c.norm_eps))), x)
         return w.head(kernels.rms_norm(x[batch.wanted], w.norm, c.norm_eps)).float()
 
     def _norm_heads(self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:

@@ -1,33 +1,63 @@
 """Linear layers whose rows do not depend on each other.
 
-On a CPU the weight is packed once by oneDNN. Measured there (float32 and bfloat16, N and K from 33 to 4096, 2 to 599 rows): a row has the same
-bits for every row count of at least two, at about 90 % of the bandwidth roof, while `F.linear` has neither property; one row is padded
-to two. Elsewhere this is `F.linear`. Knows nothing of layers or models.
+On a CPU the weight is packed once: by the C++ ops where they are built, else by oneDNN, whose rows have the same bits at every row count of
+at least two (measured for float32 and bfloat16, N and K from 33 to 4096, 2 to 599 rows), so that one row is padded to two. Elsewhere this is
+`F.linear`. Weights of 8 or 4 bits are made from the given ones. Knows nothing of layers or models.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specedge.kernels import backend, reference
+
 PACK_FOR_ROWS = 64  # a hint for oneDNN's blocking; the result does not depend on it
+QUANTISE_ROWS = 8192  # of a weight at a time: in float32 they take a tenth of the memory of the largest matrix
 
 
 class Linear:
-    """`x [R, K]` -> `x W^T + b [R, N]` for a weight `[N, K]` and perhaps a bias `[N]`."""
+    """`x [R, K]` -> `x W^T + b (+ residual) [R, N]` for a weight `[N, K]` and perhaps a bias `[N]`; `bits` 8 or 4 rounds the weight to integers."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.bias = bias
-        able = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        if weight.dtype == torch.bfloat16:
-            able = able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        self.packed = able and weight.device.type == "cpu"
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_FOR_ROWS) if self.packed else weight
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, bits: int | None = None) -> None:
+        self.outputs, self.bias = len(weight), bias
+        self.scale: Tensor | None = None
+        ops: Any = torch.ops.specedge
+        cpp = weight.device.type == "cpu" and backend() != "torch"
+        if bits is not None:
+            parts = [reference.quantise(part, bits) for part in weight.split(QUANTISE_ROWS)]  # type: ignore[no-untyped-call]
+            q, scale = (torch.cat(each) for each in zip(*parts, strict=True))
+            self.kind = "C++ integers" if cpp else "integers"
+            self.weight = ops.linear_pack_int(q, scale if bits == 4 else None) if cpp else q
+            self.scale = None if cpp and bits == 4 else scale  # the packed weight holds those of 4 bits
+        elif cpp:
+            self.kind, self.weight = "C++", ops.linear_pack(weight)
+        elif weight.device.type == "cpu" and _onednn_packs(weight.dtype):
+            self.kind, self.weight = "oneDNN", torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_FOR_ROWS)
+        else:
+            self.kind, self.weight = "torch", weight
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if not self.packed:
-            return F.linear(x, self.weight, self.bias)
-        rows = x.shape[0]
-        if rows == 1:
-            x = x.expand(2, -1)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.weight, self.bias, "none", [], "")
-        return y[:rows]
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor
+        match self.kind:
+            case "C++":
+                y = torch.ops.specedge.linear(x, self.weight, self.outputs, self.bias, residual)
+            case "C++ integers":
+                y = torch.ops.specedge.linear_int(x, self.weight, self.scale, self.outputs, self.bias, residual)
+            case "integers":
+                assert self.scale is not None
+                y = reference.linear_int(x, self.weight, self.scale, self.bias, residual)
+            case "oneDNN":
+                padded = x.expand(2, -1) if len(x) == 1 else x
+                y = torch.ops.mkldnn._linear_pointwise(padded.contiguous(), self.weight, self.bias, "none", [], "")[: len(x)]
+                y = y if residual is None else y + residual
+            case _:
+                y = F.linear(x, self.weight, self.bias)
+                y = y if residual is None else y + residual
+        return y
+
+
+def _onednn_packs(dtype: torch.dtype) -> bool:
+    able: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return able and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MASK32 = 0xFFFFFFFF
+INPUTS, GROUP = 128, 32  # of a linear layer that share a scale: of 8-bit activations, of 4-bit weights
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -25,6 +26,68 @@ def silu_mul(x: Tensor) -> Tensor:
     """`x [R, 2F]`, gate then up -> `silu(gate) * up [R, F]`."""
     gate, up = x.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """`x [R, K]`, `weight [N, K]` -> `x W^T + bias [N] + residual [R, N]`, `[R, N]`; the last two may be None."""
+    return _rounded(x.float() @ weight.float().T, bias, residual, x.dtype)
+
+
+def _rounded(y: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if bias is not None:
+        y = y + bias.float()
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(dtype)
+
+
+def quantise(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`weight [N, K]` as integers `[N, K]` int8 and their scales, the integer times the scale being about the weight.
+
+    8 bits: -127 .. 127, one scale for each output, `[N]` float32. 4 bits: -8 .. 7, a scale for each 32 inputs, `[N, K / 32 rounded up]`
+    bfloat16, such that the largest weight of the 32 becomes -8.
+    """
+    w = weight.float()
+    if bits == 8:
+        scale = w.abs().amax(1) / 127
+        return (w / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8), scale
+    inputs = w.shape[1]
+    groups = F.pad(w, (0, -inputs % GROUP)).view(len(w), -1, GROUP)
+    most = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    small = (most / -8).bfloat16()
+    q = (groups / torch.where(small == 0, 1, small.float())).round().clamp(-8, 7).to(torch.int8)
+    return q.flatten(1)[:, :inputs].contiguous(), small[:, :, 0]
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x [R, K]` as integers -127 .. 127 `[R, K]` int8, with a scale for each 128 inputs `[R, K / 128 rounded up]` float32.
+
+    Where the largest of the 128 is below 1e-30 they are 0; where one is no number the scale is NaN.
+    """
+    groups = F.pad(x.float(), (0, -x.shape[1] % INPUTS)).view(len(x), -1, INPUTS)
+    most = groups.abs().amax(2, keepdim=True)
+    some = (most >= 1e-30) & (most < torch.inf)
+    inverse = torch.full_like(most, 127) / most  # `127 / most` would be 127 times a rounded reciprocal
+    q = torch.where(some, groups * inverse, 0).round().to(torch.int8)
+    scale = torch.where(some, most / 127, torch.where(most < torch.inf, 0.0, torch.nan))
+    return q.flatten(1)[:, : x.shape[1]], scale[:, :, 0]
+
+
+def linear_int(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """`linear` with the weights `q [N, K]` and `scale` of `quantise`, and `x` rounded by `quantise_rows`.
+
+    Products of integers are summed exactly (below 2^24, so in float32), over 128 inputs with 8 bits and over 32 with 4; the sums, times their
+    scales, are added in order, each operation rounded by itself. So a row's bits depend on nothing else, on any machine.
+    """
+    a, a_scale = quantise_rows(x)
+    y = torch.zeros(len(x), len(q))
+    size = INPUTS if scale.dim() == 1 else GROUP
+    for g, at in enumerate(range(0, q.shape[1], size)):
+        part = a[:, at : at + size].float() @ q[:, at : at + size].float().T
+        if scale.dim() == 2:
+            part = part * scale[:, g].float()
+        y = y + part * a_scale[:, at // INPUTS, None]
+    return _rounded(y * scale if scale.dim() == 1 else y, bias, residual, x.dtype)
 
 
 def rope_write(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, rows_kv: Tensor, heads: int) -> Tensor:
