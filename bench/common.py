@@ -60,24 +60,26 @@ def ceilings(device: torch.device) -> dict[str, float]:
     return {"stream_gb_per_s": stream_ceiling(stream), "gemm_gflop_per_s": gemm_ceiling(device, torch.bfloat16)}
 
 
-def random_runner(c: ModelConfig, sizes: EngineConfig, device: torch.device, dtype: torch.dtype) -> Runner:
+def random_runner(c: ModelConfig, sizes: EngineConfig, device: torch.device, dtype: torch.dtype, bits: int | None = None) -> Runner:
     """A runner over random weights, made on the device and never written."""
     rng = torch.Generator(device).manual_seed(0)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=rng, device=device) / columns**0.5).to(dtype)
 
+    def linear(rows: int, columns: int) -> Linear:
+        return Linear(matrix(rows, columns), bits=bits)
+
     ones = torch.ones(c.hidden, device=device, dtype=dtype)
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     layers = tuple(
         LayerWeights(
-            ones, Linear(matrix(q + 2 * kv, c.hidden)), Linear(matrix(c.hidden, q)), ones, Linear(matrix(2 * c.ffn, c.hidden)),
-            Linear(matrix(c.hidden, c.ffn)),
+            ones, linear(q + 2 * kv, c.hidden), linear(c.hidden, q), ones, linear(2 * c.ffn, c.hidden), linear(c.hidden, c.ffn)
         )
         for _ in range(c.layers)
     )  # fmt: skip
     embedding = matrix(c.vocab, c.hidden)
-    return Runner(Decoder(c, Weights(embedding, layers, ones, Linear(embedding)), c.max_positions), sizes, sizes.max_rows)
+    return Runner(Decoder(c, Weights(embedding, layers, ones, Linear(embedding, bits=bits), bits), c.max_positions), sizes, sizes.max_rows)
 
 
 def weight_bytes(c: ModelConfig, itemsize: float) -> float:

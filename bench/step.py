@@ -33,7 +33,7 @@ for _context in (128, 1024, 4096):  # contexts in turn, because one peer fills i
     CASES += [("decode", b, 1, _context) for b in (1, 4, 16)] + [("verify", 1, rows, _context) for rows in (8, 16, 32, 64)]
 CASES.append(("prompt", 1, 512, 0))
 QUICK: list[Case] = [("decode", 1, 1, 128), ("decode", 4, 1, 128), ("verify", 1, 16, 128), ("verify", 1, 32, 1024), ("prompt", 1, 512, 0)]
-WIDTH: dict[str, float] = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a weight by dtype
+WIDTH: dict[str, float] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 4.5 / 8}  # bytes of a weight by dtype
 ROOT = Path(__file__).parents[1]
 
 
@@ -41,9 +41,9 @@ class Ours:
     """A runner with pages for `sequences` of `tokens` tokens each."""
 
     def __init__(self, c: ModelConfig, device: str, dtype: str, sequences: int, tokens: int) -> None:
-        where, kind = choose(device, dtype)
+        where, kind, bits = choose(device, dtype)
         self.version = f"specedge {__version__}, {kernels.backend(where)}"
-        self.runner = random_runner(c, EngineConfig(kv_tokens=sequences * -(-tokens // 64) * 64, max_rows=512), where, kind)
+        self.runner = random_runner(c, EngineConfig(kv_tokens=sequences * -(-tokens // 64) * 64, max_rows=512), where, kind, bits)
 
     def prepare(self, kind: str, sequences: int, rows: int, context: int) -> None:
         """Nothing: a pass never writes to pages."""

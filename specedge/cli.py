@@ -49,7 +49,8 @@ def _main(parser: argparse.ArgumentParser) -> NoReturn:
 
 def _device_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", choices=("cpu", "cuda"), help="where the model runs (default: cuda if there is one)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="precision (default: float32 on a CPU, bfloat16 on CUDA)")
+    precisions = ("float32", "bfloat16", "float16", "int8", "int4")
+    p.add_argument("--dtype", choices=precisions, help="precision; int8, int4: of weights, on a CPU (default: float32 on a CPU, bfloat16 on CUDA)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,7 +86,8 @@ def _serve(args: argparse.Namespace) -> int:
     path = DEMO / "target" if args.demo else locate(args.model, args.revision)
     sizes = EngineConfig(kv_tokens=args.kv_tokens, max_rows=args.max_rows)
     engine = Engine.from_pretrained(path, device=args.device, dtype=args.dtype, sizes=sizes, progress=sys.stderr.isatty())
-    serving = Server(engine, args.listen, model=fingerprint(path, engine.runner.dtype), insecure=args.insecure)
+    model = fingerprint(path, engine.runner.dtype, engine.runner.model.weights.bits)
+    serving = Server(engine, args.listen, model=model, insecure=args.insecure)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -90,6 +90,17 @@ def test_the_server_alone_streams_the_same_ids(engine: Engine, truth: dict[float
             assert [c.token_ids for c in edge.generate(PROMPTS, params(t))] == truth[t]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+def test_ids_are_equal_in_few_bits(dtype: str) -> None:
+    target = Engine.from_pretrained(DEMO / "target", device="cpu", dtype=dtype)
+    config = DraftConfig(tree_size=15, engine=EngineConfig(kv_tokens=2048, max_rows=256))
+    both = SpeculativeEngine(target, Drafter.from_pretrained(DEMO / "draft", config, device="cpu", dtype=dtype))
+    for t in (0.0, 0.8):
+        want = [target.generate([p], params(t))[0].token_ids for p in PROMPTS[:4]]
+        assert [c.token_ids for c in both.generate(PROMPTS[:4], params(t))] == want
+    check_empty(target)
+
+
 def test_the_pairwise_set_covers_every_pair() -> None:
     values = (TEMPERATURES, SIZES, SESSIONS, DRAFTS)
     assert covers_all_pairs(pairwise(*values), *values)

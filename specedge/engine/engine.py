@@ -56,8 +56,9 @@ class Engine(TextEngine):
         cls, path: str | Path, *, device: str | None = None, dtype: str | None = None, sizes: EngineConfig | None = None,
         revision: str | None = None, progress: bool = False,
     ) -> "Engine":  # fmt: skip
-        """Load a Hugging Face model directory, or a hub id at a `revision`. Device: cuda or cpu, the first there is; dtype: float32, bfloat16 or
-        float16, by default float32 on a CPU and bfloat16 on CUDA. Raises HubError, ModelError, TokenizerError or DeviceError, each one sentence."""
+        """Load a Hugging Face model directory, or a hub id at a `revision`. Device: cuda or cpu, the first there is; dtype: float32, bfloat16,
+        float16, or int8, int4 (weights alone), by default float32 on a CPU and bfloat16 on CUDA. Raises HubError, ModelError, TokenizerError or
+        DeviceError, each one sentence."""
         sizes, path = sizes or EngineConfig(), locate(path, revision)
         runner = Runner.load(path, sizes, sizes.max_rows, device, dtype, progress)
         return cls(runner, Tokenizer.from_dir(path, runner.model.config.vocab), runner.model.config.eos_ids)

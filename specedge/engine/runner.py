@@ -16,15 +16,20 @@ from specedge.engine.batch import BatchBuilder
 from specedge.engine.model import Decoder
 from specedge.engine.weights import load_weights, read_config
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# name: what activations, norms, embedding and K/V are, and the bits of the linear layers' weights if they are integers. With those the rest is
+# bfloat16, as in most checkpoints: half the K/V of float32, and its rounding is finer than that of activations to 8 bits.
+DTYPES: dict[str, tuple[torch.dtype, int | None]] = {
+    "float32": (torch.float32, None), "bfloat16": (torch.bfloat16, None), "float16": (torch.float16, None),
+    "int8": (torch.bfloat16, 8), "int4": (torch.bfloat16, 4),
+}  # fmt: skip
 
 
 class DeviceError(SpecedgeError):
     """A device or dtype that this machine does not offer, or that is too small."""
 
 
-def choose(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype by name; None: CUDA if there is one, else the CPU; bfloat16 on CUDA, float32 on a CPU."""
+def choose(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype, int | None]:
+    """Device, dtype and bits of integer weights by name; None: CUDA if there is one, else the CPU; bfloat16 on CUDA, float32 on a CPU."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.split(":")[0] not in ("cpu", "cuda"):
         raise DeviceError(f"device {device!r} is unknown: use cpu or cuda")
@@ -35,7 +40,9 @@ def choose(device: str | None, dtype: str | None) -> tuple[torch.device, torch.d
         raise DeviceError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}")
     if device == "cpu" and dtype == "float16":
         raise DeviceError("float16 is not served on a CPU: use float32 or bfloat16")
-    return torch.device(device), DTYPES[dtype]
+    if device != "cpu" and DTYPES[dtype][1] is not None:
+        raise DeviceError(f"{dtype} weights are served on a CPU only: use --device cpu, or bfloat16")
+    return torch.device(device), *DTYPES[dtype]
 
 
 class Runner:
@@ -58,8 +65,8 @@ class Runner:
     def load(cls, path: Path, sizes: EngineConfig, rows: int, device: str | None, dtype: str | None, progress: bool) -> "Runner":
         """A runner for the model directory `path`."""
         config = read_config(path)
-        chosen, kind = choose(device, dtype)
-        weights = load_weights(path, config, chosen, kind, progress)
+        chosen, kind, bits = choose(device, dtype)
+        weights = load_weights(path, config, chosen, kind, bits, progress)
         return cls(Decoder(config, weights, min(config.max_positions, sizes.kv_tokens)), sizes, rows)
 
     @property

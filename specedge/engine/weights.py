@@ -56,6 +56,7 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     head: Linear
+    bits: int | None = None  # of the linear layers, if their weights are integers
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -257,10 +258,10 @@ class Reader:
         return tensor
 
 
-def fingerprint(path: Path, dtype: torch.dtype) -> bytes:
-    """sha256 over dtype, config.json, and of every shard the size, the header and 64 kB at both ends of the data: cheap to read, and a model and its
-    fine-tune differ in it."""
-    digest = hashlib.sha256(f"{dtype}".encode() + (path / "config.json").read_bytes())
+def fingerprint(path: Path, dtype: torch.dtype, bits: int | None) -> bytes:
+    """sha256 over dtype and bits, config.json, and of every shard the size, the header and 64 kB at both ends of the data: cheap to read, and a
+    model and its fine-tune differ in it."""
+    digest = hashlib.sha256(f"{dtype} {bits}".encode() + (path / "config.json").read_bytes())
     for file in shards(path):
         size = file.stat().st_size
         with file.open("rb") as f:
@@ -271,34 +272,35 @@ def fingerprint(path: Path, dtype: torch.dtype) -> bytes:
     return digest.digest()
 
 
-def load_weights(path: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, progress: bool) -> Weights:
-    """All weights of directory `path` on `device` in `dtype`, with a bar on stderr if `progress`."""
+def load_weights(path: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, bits: int | None, progress: bool) -> Weights:
+    """All weights of directory `path` on `device` in `dtype`, those of linear layers in integers of `bits`; a bar on stderr if `progress`."""
     try:
         with ExitStack() as stack:
             each = 9 + 3 * config.qkv_bias + config.out_bias + 3 * config.mlp_bias + 2 * config.qk_norm
             count = each * config.layers + 3 - config.tied
             bar = stack.enter_context(tqdm(total=count, desc=f"loading {path.name}", unit="tensor", disable=not progress, leave=False))
             reader = Reader(shards(path), device, dtype, stack, bar.update)
-            return assemble(reader.get, config)
+            return assemble(reader.get, config, bits)
     except (MemoryError, RuntimeError) as e:  # torch has no type of its own for a CPU that is full
         if "memory" not in str(e):
             raise
         raise ModelError(f"{path} does not fit the memory of {device} in {dtype}: use a smaller model or dtype") from None
 
 
-def assemble(get: Get, c: ModelConfig) -> Weights:
-    """The weights of a decoder, whose tensors `get` knows by their names in a file."""
+def assemble(get: Get, c: ModelConfig, bits: int | None = None) -> Weights:
+    """The weights of a decoder, whose tensors `get` knows by their names in a file; those of linear layers in integers of `bits`."""
     embedding = get("model.embed_tokens.weight", c.vocab, c.hidden)
-    layers = tuple(_layers(get, c))
+    layers = tuple(_layers(get, c, bits))
     norm = get("model.norm.weight", c.hidden)
-    return Weights(embedding, layers, norm, Linear(embedding if c.tied else get("lm_head.weight", c.vocab, c.hidden)))
+    head = embedding if c.tied else get("lm_head.weight", c.vocab, c.hidden)
+    return Weights(embedding, layers, norm, Linear(head, bits=bits), bits)
 
 
-def _layers(get: Get, c: ModelConfig) -> Iterator[LayerWeights]:
+def _layers(get: Get, c: ModelConfig, bits: int | None) -> Iterator[LayerWeights]:
     def linear(width: int, bias: bool, *parts: tuple[str, int]) -> Linear:
         """Layers of (name, rows) over inputs of `width`, stacked by rows into one."""
         weight = torch.cat([get(f"{name}.weight", rows, width) for name, rows in parts])
-        return Linear(weight, torch.cat([get(f"{name}.bias", rows) for name, rows in parts]) if bias else None)
+        return Linear(weight, torch.cat([get(f"{name}.bias", rows) for name, rows in parts]) if bias else None, bits)
 
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     for i in range(c.layers):

@@ -64,7 +64,7 @@ class Text:
 
 
 def assert_logits_equal(path: Path, theirs: torch.nn.Module) -> None:
-    """The model at `path` has the logits of `theirs`, a transformers model: whole, chunked, on pages of other sizes or of others, and as tree rows."""
+    """The model at `path` has the logits of `theirs`, a transformers model: whole, chunked, on other pages, and as tree rows."""
     vocab, rng = theirs.config.vocab_size, np.random.default_rng(0)
     tokens = rng.integers(0, vocab, 150).tolist()
     with torch.inference_mode():
@@ -101,7 +101,7 @@ def test_logits_equal_transformers(shape: str, tmp_path: Path) -> None:
     assert_logits_equal(path, theirs)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("shape", ["tiny", "mqa", "wide"])
 def test_one_row_is_tree_is_chunk_is_batch(shape: str, dtype: str, tmp_path: Path) -> None:
     if kernels.backend() == "torch":
