@@ -1,0 +1,121 @@
+"""Every op by itself, beside its floor: linear layers by dtype and rows, attention, and the small ones.
+
+    python -m bench.kernels --shape 0.5b --dtypes bfloat16 int8
+
+Weights take turns, 64 MB of them, so that they come from DRAM and not from a cache. Each line: the floor (bytes at the streaming rate, or
+products at the GEMM rate, whichever takes longer; int8 products at twice the bf16 rate and float32 at half of it, as the instructions are), the
+time, the share.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable
+
+import torch
+
+from bench.common import SHAPES, ceilings, median_ms
+from specedge import kernels
+from specedge.config import ModelConfig
+from specedge.engine.runner import DTYPES
+from specedge.kernels.linear import Linear
+
+ROWS = (1, 4, 8, 16, 32, 64, 512)
+ROTATE = 64e6  # bytes: twice the L3 of the machines that we know
+WIDTH = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 4.5 / 8}  # bytes of a weight
+SPEED = {"float32": 0.5, "bfloat16": 1.0, "int8": 2.0, "int4": 2.0}  # of the bf16 product
+Case = tuple[str, float, float, Callable[[], object]]  # name, bytes, operations at the bf16 rate, one call
+
+
+def linears(c: ModelConfig, name: str) -> list[Case]:
+    """The layers of shape `c` with weights of dtype `name`."""
+    dtype, bits = DTYPES[name]
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    cases: list[Case] = []
+    sizes = {
+        "qkv": (q + 2 * kv, c.hidden), "out": (c.hidden, q), "gate_up": (2 * c.ffn, c.hidden), "down": (c.hidden, c.ffn),
+        "head": (c.vocab, c.hidden),
+    }  # fmt: skip
+    for what, (n, k) in sizes.items():
+        weight = (torch.randn(n, k) / k**0.5).to(dtype)
+        size = n * k * WIDTH[name]
+        turns = itertools.cycle([Linear(weight, bits=bits) for _ in range(1 + int(ROTATE / size))])
+        for rows in ROWS if what != "head" else ROWS[:-1]:
+            x = torch.randn(rows, k).to(dtype)
+            moved = size + rows * (n + k) * dtype.itemsize
+            cases.append((f"linear {name} {what} x {rows}", moved, 2 * rows * n * k / SPEED[name], lambda t=turns, x=x: next(t)(x)))  # type: ignore[misc]
+    return cases
+
+
+def attentions(c: ModelConfig, dtype: torch.dtype) -> list[Case]:
+    """Rows over a context, as a chunk; the K/V of ROTATE bytes take turns as those of layers do."""
+    cases: list[Case] = []
+    for rows, context in ((1, 128), (1, 1024), (1, 4096), (32, 1024), (512, 0)):
+        pages, q = -(-context // 64), torch.randn(rows, c.heads, c.head_dim).to(dtype)
+        per_layer = 2 * max(1, pages) * c.kv_heads * 64 * c.head_dim
+        store = torch.randn(1 + int(ROTATE / per_layer / dtype.itemsize), 2, max(1, pages), c.kv_heads, 64, c.head_dim).to(dtype)
+        rows_kv = torch.randn(2, rows, c.kv_heads, c.head_dim).to(dtype)
+        segments = torch.tensor([[0, rows, 0, rows, context, 1]], dtype=torch.int32)
+        table, pos = torch.arange(max(1, pages), dtype=torch.int32)[None], torch.arange(context, context + rows, dtype=torch.int32)
+        anc, turns = torch.zeros(rows, 1, dtype=torch.int64), itertools.cycle(store)
+        keys = rows * context + rows * (rows + 1) / 2
+        moved = (2 * (context + rows) * c.kv_heads + 2 * rows * c.heads) * c.head_dim * dtype.itemsize
+        call = lambda q=q, r=rows_kv, t=turns, s=segments, b=table, p=pos, a=anc: kernels.attention(q, r, next(t), s, b, p, p, a, 0.1, 0)  # type: ignore[misc] # noqa: E731
+        cases.append((f"attention {rows} @ {context}", moved, 4 * keys * c.heads * c.head_dim * 2, call))  # in float32: half the rate
+    return cases
+
+
+def others(c: ModelConfig, dtype: torch.dtype, rows: int) -> list[Case]:
+    """The small ops, in cache as they are in a step."""
+    size = dtype.itemsize
+    x, gates = torch.randn(rows, c.hidden).to(dtype), torch.randn(rows, 2 * c.ffn).to(dtype)
+    norm, width = torch.ones(c.hidden).to(dtype), (c.heads + 2 * c.kv_heads) * c.head_dim
+    qkv, rows_kv = torch.randn(rows, width).to(dtype), torch.zeros(2, rows, c.kv_heads, c.head_dim).to(dtype)
+    angle, index = torch.randn(rows, c.head_dim // 2), torch.arange(rows, dtype=torch.int32)
+    logits, noise, ones = torch.randn(rows, c.vocab) * 3, torch.randn(1, c.vocab), torch.ones(rows)
+    zeros, half = torch.zeros(rows, dtype=torch.int32), torch.full((rows,), 0.9, dtype=torch.float64)
+    buffer, at = torch.zeros(c.layers, 2, rows, c.kv_heads, c.head_dim).to(dtype), torch.arange(rows)
+    pages = torch.zeros(c.layers, 2, 4, c.kv_heads, 64, c.head_dim).to(dtype)
+    return [
+        (f"rms_norm x {rows}", 2 * x.numel() * size, 0, lambda: kernels.rms_norm(x, norm, 1e-6)),
+        (f"silu_mul x {rows}", 1.5 * gates.numel() * size, 0, lambda: kernels.silu_mul(gates)),
+        (f"rope_write x {rows}", 2 * qkv.numel() * size, 0, lambda: kernels.rope_write(qkv, angle, angle, index, index, rows_kv, c.heads)),
+        (f"commit x {rows}", 2 * buffer.numel() * size, 0, lambda: kernels.commit(buffer, pages, at, at // 64, at % 64)),
+        (f"sample x {rows}", 4 * (logits.numel() + c.vocab), 0, lambda: kernels.sample(logits, noise, zeros, ones, c.vocab)),
+        (f"truncate x {rows}", 8 * logits.numel(), 0, lambda: kernels.truncate(logits, ones, ones * 0.01, zeros + 50, half, c.vocab)),
+    ]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    p.add_argument("--shape", choices=SHAPES, default="0.5b")
+    p.add_argument("--dtypes", nargs="+", choices=WIDTH, default=list(WIDTH), help="of linear layers; the first is that of the other ops")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--seconds", type=float, default=0.2, help="time spent on each case")
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    c, dtype = SHAPES[args.shape], DTYPES[args.dtypes[0]][0]
+    roof = ceilings(torch.device("cpu"))
+    print(f"{args.threads} threads, {kernels.backend()}; shapes of {args.shape}")
+    print(f"ceilings: streaming sum {roof['stream_gb_per_s']:.1f} GB/s, bf16 GEMM {roof['gemm_gflop_per_s']:.0f} GFLOP/s")
+    print(f"{'op':<32}{'floor us':>10}{'us':>10}{'share':>8}")
+    results = []
+
+    def show(cases: list[Case]) -> None:
+        for name, moved, flops, call in cases:
+            floor = max(moved / roof["stream_gb_per_s"] / 1e3, flops / roof["gemm_gflop_per_s"] / 1e3)
+            took = median_ms(call, args.seconds) * 1e3
+            print(f"{name:<32}{floor:>10.1f}{took:>10.1f}{floor / took:>8.0%}", flush=True)
+            results.append({"op": name, "floor_us": floor, "us": took})
+
+    for name in args.dtypes:
+        show(linears(c, name))
+    show(attentions(c, dtype))
+    for rows in (1, 64):
+        show(others(c, dtype, rows))
+    show([(f"gumbel {c.vocab}", 4 * c.vocab, 0, lambda: kernels.gumbel(1, 1, c.vocab))])
+    print(json.dumps({"shape": args.shape, "threads": args.threads, "backend": kernels.backend(), **roof, "cases": results}))
+
+
+if __name__ == "__main__":
+    main()
