@@ -4,7 +4,6 @@ Rows come from many sequences and are prompt chunks, single tokens and tree rows
 CPU: the bits of a row depend on its own path of tokens and on nothing that it is batched with.
 """
 
-import torch
 from torch import Tensor
 
 from specedge import kernels
@@ -27,22 +26,20 @@ class Decoder:
         """Logits `[n, V]` float32 of the wanted rows; writes the K/V of all rows of the batch to their slots in `rows`."""
         c, w = self.config, self.weights
         x = w.embedding[batch.tokens]
-        for i, layer in enumerate(w.layers):
-            qkv = layer.qkv(kernels.rms_norm(x, layer.input_norm, c.norm_eps))
-            if layer.qk_norm is not None:
-                qkv = self._norm_heads(qkv, *layer.qk_norm)
-            q = kernels.rope_write(qkv, self.cos, self.sin, batch.positions, batch.slots, rows[i], c.heads)
+        y = kernels.rms_norm(x, w.layers[0].input_norm, c.norm_eps)
+        next_norms = [*(layer.input_norm for layer in w.layers[1:]), w.norm]
+        for i, (layer, next_norm) in enumerate(zip(w.layers, next_norms, strict=True)):
+            qkv, to = layer.qkv(y), rows[i]
+            if layer.qk_norm is None:
+                q = kernels.rope_write(qkv, self.cos, self.sin, batch.positions, batch.slots, to, c.heads)
+            else:
+                q_norm, k_norm = layer.qk_norm
+                q = kernels.norm_rope_write(
+                    qkv, q_norm, k_norm, c.norm_eps, self.cos, self.sin, batch.positions, batch.slots, to, c.heads
+                )  # fmt: skip
             o = kernels.attention(
                 q, rows[i], pages[i], batch.segments, batch.page_table, batch.positions, batch.k_pos, batch.anc, c.head_dim**-0.5, self.windows[i]
             )
-            x = layer.out(o.flatten(1), x)
-            x = layer.down(kernels.silu_mul(layer.gate_up(kernels.rms_norm(x, layer.post_norm, c.norm_eps))), x)
-        return w.head(kernels.rms_norm(x[batch.wanted], w.norm, c.norm_eps)).float()
-
-    def _norm_heads(self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
-        """RMSNorm of every query and key head of `qkv [R, (Hq + 2 Hkv) D]` by itself (Qwen3)."""
-        c = self.config
-        q, k = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        queries = kernels.rms_norm(qkv[:, :q].reshape(-1, c.head_dim), q_norm, c.norm_eps)
-        keys = kernels.rms_norm(qkv[:, q : q + k].reshape(-1, c.head_dim), k_norm, c.norm_eps)
-        return torch.cat((queries.view(-1, q), keys.view(-1, k), qkv[:, q + k :]), dim=1)
+            y, x = kernels.add_rms_norm(layer.out(o.flatten(1)), x, layer.post_norm, c.norm_eps)
+            y, x = kernels.add_rms_norm(layer.down(kernels.silu_mul(layer.gate_up(y))), x, next_norm, c.norm_eps)
+        return w.head(y[batch.wanted]).float()

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from specedge.kernels import reference
 
-__all__ = ["attention", "backend", "commit", "gumbel", "rms_norm", "rope_write", "sample", "silu_mul", "truncate"]
+__all__ = [
+    "add_rms_norm", "attention", "backend", "commit", "gumbel", "norm_rope_write", "rms_norm", "rope_write", "sample", "silu_mul", "truncate",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +28,10 @@ class Ops:
 
     name: str
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     silu_mul: Callable[[Tensor], Tensor]
     rope_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
+    norm_rope_write: Callable[[Tensor, Tensor, Tensor, float, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
     attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
     commit: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     gumbel: Callable[[int, int, int, torch.device], Tensor]
@@ -38,8 +42,10 @@ class Ops:
 _TORCH = Ops(
     "torch",
     reference.rms_norm,
+    reference.add_rms_norm,
     reference.silu_mul,
     reference.rope_write,
+    reference.norm_rope_write,
     reference.attention,
     reference.commit,
     reference.gumbel,
@@ -67,11 +73,27 @@ def _cpp(folder: Path) -> Ops:
         warnings.warn(f"{path} does not load here ({reason}); rebuild it: python setup.py build_ext --inplace", stacklevel=2)
         return _TORCH
     cpp: Any = torch.ops.specedge
+
+    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return cpp.rms_norm.default(total, weight, eps), total
+
+    def norm_rope_write(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, *rope: Any) -> Tensor:
+        *_, rows_kv, heads = rope
+        kv_heads, dim = rows_kv.shape[2:]
+        x = qkv.view(len(qkv), -1, dim)
+        q, k, v = x[:, :heads], x[:, heads : heads + kv_heads], x[:, heads + kv_heads :]
+        normed = torch.cat((cpp.rms_norm.default(q, q_norm, eps), cpp.rms_norm.default(k, k_norm, eps), v), dim=1)
+        out: Tensor = cpp.rope_write.default(normed.flatten(1), *rope)
+        return out
+
     return Ops(
         f"cpp {isa}",
         cpp.rms_norm.default,
+        add_rms_norm,
         cpp.silu_mul.default,
         cpp.rope_write.default,
+        norm_rope_write,
         cpp.attention.default,
         reference.commit,  # a copy: torch does it at the speed of memory
         lambda seed, position, vocab, _: cpp.gumbel.default((seed + 2**63) % 2**64 - 2**63, position, vocab),  # same bits, signed
@@ -97,6 +119,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _ops(x).rms_norm(x, weight, eps)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x, residual [R, H]` -> `rms_norm(sum, weight, eps)` and `sum = x + residual`, which is rounded before it is normed."""
+    return _ops(x).add_rms_norm(x, residual, weight, eps)
+
+
 def silu_mul(x: Tensor) -> Tensor:
     """`x [R, 2F]`, gate then up -> `silu(gate) * up [R, F]`."""
     return _ops(x).silu_mul(x)
@@ -108,6 +135,13 @@ def rope_write(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: 
     Returns the queries `[R, Hq, D]`. `cos, sin [max_position, D/2]` float32; `positions [R]`, `slots [R]` int32. All contiguous.
     """
     return _ops(qkv).rope_write(qkv, cos, sin, positions, slots, rows_kv, heads)
+
+
+def norm_rope_write(
+    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, rows_kv: Tensor, heads: int
+) -> Tensor:
+    """`rope_write` after an `rms_norm` of every query head by `q_norm [D]` and of every key head by `k_norm [D]`."""
+    return _ops(qkv).norm_rope_write(qkv, q_norm, k_norm, eps, cos, sin, positions, slots, rows_kv, heads)
 
 
 def attention(

@@ -22,6 +22,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (y * weight.float()).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x, residual [R, H]` -> `rms_norm(sum, weight, eps)` and `sum = x + residual`, which is rounded before it is normed."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
 def silu_mul(x: Tensor) -> Tensor:
     """`x [R, 2F]`, gate then up -> `silu(gate) * up [R, F]`."""
     gate, up = x.float().chunk(2, dim=-1)
@@ -109,6 +115,17 @@ def rope_write(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: 
     return turned[:, :heads].contiguous()
 
 
+def norm_rope_write(
+    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, rows_kv: Tensor, heads: int
+) -> Tensor:
+    """`rope_write` after an `rms_norm` of every query head by `q_norm [D]` and of every key head by `k_norm [D]` (Qwen3)."""
+    dim, kv_heads = rows_kv.shape[-1], rows_kv.shape[2]
+    x = qkv.view(len(qkv), -1, dim)
+    q, k, v = x[:, :heads], x[:, heads : heads + kv_heads], x[:, heads + kv_heads :]
+    normed = torch.cat((rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps), v), dim=1)
+    return rope_write(normed.flatten(1), cos, sin, positions, slots, rows_kv, heads)
+
+
 def attention(
     q: Tensor,
     rows_kv: Tensor,
@@ -128,7 +145,8 @@ def attention(
     sequence, token t on page `page_table[b, t // S]` (int32 `[B, M]`) at t % S; (2) rows k0 .. k0+nk of the row buffer:
     with causal = 1 query i sees the first nk - nq + i + 1 of them, otherwise key j counts if bit j % 64 of word
     `anc[q0 + i, j // 64]` is set (`anc [R, W]` int64, read as unsigned words). Every query sees at least one key.
-    `q_pos [R]`, `k_pos [rows]` int32: absolute positions. window > 0: a key counts only if q_pos - k_pos < window.
+    `q_pos [R]`, `k_pos [rows]` int32: absolute positions, those of queries at least `prefix`. window > 0: a key counts only if
+    q_pos - k_pos < window.
     Rows that belong to no segment are left zero.
     """
     group = q.shape[1] // rows_kv.shape[2]

@@ -74,6 +74,30 @@ def test_rope_write(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> 
         assert torch.equal(ours[5], law[5])  # also the slots that nobody wrote
 
 
+def near_turned(got: torch.Tensor, want: torch.Tensor) -> None:
+    """A norm that is one step of rounding away moves the sum of two products by as much of the larger."""
+    loose = {torch.float32: 2e-6, torch.float16: 2**-8, torch.bfloat16: 2**-5}[want.dtype]
+    torch.testing.assert_close(got.cpu(), want, rtol=loose, atol=loose)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 16), (3, 3, 128)])
+def test_norm_rope_write(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    q_norm, k_norm = torch.randn(2, dim, generator=torch.Generator().manual_seed(dim)).to(dtype)
+    (qkv, *ours), (_, *law) = rope_case(heads, kv_heads, dim, 17, dtype), rope_case(heads, kv_heads, dim, 17, dtype)
+    near_turned(kernels.norm_rope_write(qkv, q_norm, k_norm, 1e-6, *ours), reference.norm_rope_write(qkv, q_norm, k_norm, 1e-6, *law))
+    near_turned(ours[4], law[4])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm(dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, 9, 65, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight = torch.linspace(-2, 2, 65).to(dtype)
+    normed, total = kernels.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(total, x + residual) and torch.equal(normed, kernels.rms_norm(total, weight, 1e-6))
+    torch.testing.assert_close(normed, reference.add_rms_norm(x, residual, weight, 1e-6)[0], **TOLERANCE[dtype])
+
+
 def test_rope_write_refuses_bad_indices(cpp: Any) -> None:
     for index, value in ((3, 50), (3, -1), (4, 7), (4, -1)):
         args = list(rope_case(2, 1, 8, 2, torch.float32))
