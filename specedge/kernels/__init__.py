@@ -1,14 +1,16 @@
 """The ops of the engine, each in its fastest form for the device of its arguments; `reference.py` is their specification.
 
-Chosen once, at import, by what was built: C++ for CPU tensors if a library for this processor loads, plain torch otherwise. Knows
-nothing of models or sequences. Invariant: whatever runs, the result is the reference's, up to rounding (gumbel, sample, commit and
-rope_write: exactly); with the C++ ops a row's bits do not depend on what it is batched with.
+Chosen once, by what was built: C++ for CPU tensors if a library for this processor loads, Triton for CUDA tensors, plain torch otherwise. Triton
+is imported for the first CUDA tensor and not before. Knows nothing of models or sequences. Invariant: whatever runs, the result is the
+reference's, up to rounding (gumbel, sample, commit and rope_write: exactly); with the C++ and Triton ops a row's bits do not depend on what it
+is batched with.
 """
 
 import sysconfig
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +104,41 @@ def _cpp(folder: Path) -> Ops:
     )
 
 
-_TABLE = {"cpu": _cpp(Path(__file__).parents[1])}  # device type -> ops; a device that is not here has the torch ops
+def _gpu() -> Ops:
+    """The Triton ops, or the torch ops where Triton is not installed."""
+    try:
+        from specedge.kernels import triton_pointwise, triton_rows
+    except ImportError as error:
+        warnings.warn(f"the GPU runs plain torch ops, several times slower ({error}); install triton: pip install triton", stacklevel=2)
+        return _TORCH
+    return replace(
+        _TORCH,
+        name="triton",
+        rms_norm=triton_pointwise.rms_norm,
+        add_rms_norm=triton_pointwise.add_rms_norm,
+        silu_mul=triton_pointwise.silu_mul,
+        rope_write=triton_pointwise.rope_write,
+        norm_rope_write=triton_pointwise.norm_rope_write,
+        attention=triton_rows.attention,
+    )
+
+
+_CPU = _cpp(Path(__file__).parents[1])
+
+
+@cache
+def _ops_of(device: str) -> Ops:
+    """The ops of a type of device."""
+    return _CPU if device == "cpu" else _gpu() if device == "cuda" else _TORCH
 
 
 def _ops(x: Tensor) -> Ops:
-    return _TABLE.get(x.device.type, _TORCH)
+    return _ops_of(x.device.type)
 
 
 def backend(device: torch.device | str = "cpu") -> str:
-    """What runs the ops on `device`: "cpp avx512", "cpp avx2", "cpp scalar" or "torch"."""
-    return _TABLE.get(torch.device(device).type, _TORCH).name
+    """What runs the ops on `device`: "cpp avx512", "cpp avx2", "cpp scalar", "triton" or "torch"."""
+    return _ops_of(torch.device(device).type).name
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -172,7 +199,7 @@ def commit(rows_kv: Tensor, pages_kv: Tensor, rows: Tensor, pages: Tensor, offse
 def gumbel(seed: int, position: int, vocab: int, device: torch.device | str = "cpu") -> Tensor:
     """The noise `[V]` float32 of the token at index `position`, a function of the unsigned 64-bit `seed` and of `position` alone."""
     where = torch.device(device)
-    return _TABLE.get(where.type, _TORCH).gumbel(seed, position, vocab, where)
+    return _ops_of(where.type).gumbel(seed, position, vocab, where)
 
 
 def sample(logits: Tensor, noise: Tensor, noise_row: Tensor, inv_temperature: Tensor, limit: int) -> Tensor:

@@ -1,11 +1,15 @@
-"""Fixtures of the kernel tests: the C++ ops, or a skip with the remedy."""
+"""Fixtures of the kernel tests: the C++ ops, or a skip with the remedy; the Triton ops, on a GPU if there is one, else in Triton's interpreter."""
 
+import os
 from typing import Any
 
 import pytest
 import torch
 
 from specedge import kernels
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, and again when a kernel is defined
 
 
 @pytest.fixture
@@ -23,3 +27,17 @@ def threads() -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where Triton ops run: the GPU, or the CPU in the interpreter, which needs a mend: numpy 2.4 makes no int of an array of one element."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="triton is not installed: pip install triton")
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", mended)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

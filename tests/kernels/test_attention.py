@@ -106,6 +106,16 @@ def mixed(group: int, dim: int, dtype: torch.dtype) -> list[Part]:
     return [make(kind, prefix, n, group, dim, dtype, seed=i)[0] for i, (kind, prefix, n) in enumerate(shapes)]
 
 
+def expected(part: Part, window: int) -> Tensor:
+    """What the reference makes of a part. It multiplies unseen values by zero, so it gets a layout without NaN: one page of the prefix's length."""
+    prefix, dim = part.old.shape[1], part.q.shape[-1]
+    pages = part.old.transpose(1, 2)[:, None] if prefix else part.old.new_zeros(2, 1, part.old.shape[2], 1, dim)
+    segment = torch.tensor([[0, len(part.q), 0, len(part.k_pos), prefix, int(part.seen is None)]], dtype=torch.int32)
+    anc = words(part.seen) if part.seen is not None else torch.zeros(len(part.q), 1, dtype=torch.int64)
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    return reference.attention(part.q, part.new, pages, segment, table, part.q_pos, part.k_pos, anc, dim**-0.5, window)
+
+
 SHAPES = [(1, 8), (3, 16), (4, 32), (7, 64), (1, 80), (3, 128), (71, 8), (2, 40)]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -117,14 +127,8 @@ def test_is_the_reference(group: int, dim: int, window: int, dtype: torch.dtype)
     parts = mixed(group, dim, dtype)
     tolerance = {"rtol": 1e-5, "atol": 3e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-3}
     got = run(parts, 16 if dim % 32 else 64, window)
-    # the reference multiplies unseen values by zero, so it gets a layout without NaN: each part alone, on one page of its own length
     for part, out in zip(parts, got, strict=True):
-        prefix = part.old.shape[1]
-        pages = part.old.transpose(1, 2)[:, None] if prefix else torch.zeros(2, 1, part.old.shape[2], 1, dim, dtype=dtype)
-        segment = torch.tensor([[0, len(part.q), 0, len(part.k_pos), prefix, int(part.seen is None)]], dtype=torch.int32)
-        anc = words(part.seen) if part.seen is not None else torch.zeros(len(part.q), 1, dtype=torch.int64)
-        table = torch.zeros(1, 1, dtype=torch.int32)
-        want = reference.attention(part.q, part.new, pages, segment, table, part.q_pos, part.k_pos, anc, dim**-0.5, window)
+        want = expected(part, window)
         torch.testing.assert_close(out, want, **tolerance)
 
 

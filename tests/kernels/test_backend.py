@@ -23,7 +23,16 @@ def python(code: str, **env: str) -> str:
 
 def test_backend_names_what_runs() -> None:
     assert kernels.backend() in ("cpp avx512", "cpp avx2", "cpp scalar", "torch")
-    assert kernels.backend("cuda") == "torch"
+    assert kernels.backend("cuda") == "triton" and kernels.backend("meta") == "torch"
+
+
+def test_without_triton_the_gpu_runs_torch_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("triton_pointwise", "triton_rows"):
+        monkeypatch.delattr(kernels, name, raising=False)
+        monkeypatch.delitem(sys.modules, f"specedge.kernels.{name}", raising=False)
+    with pytest.warns(UserWarning, match="plain torch ops.*pip install triton"):
+        assert kernels._gpu().name == "torch"
 
 
 def test_nothing_built_is_silent(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
