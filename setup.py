@@ -4,10 +4,14 @@ The metadata is in pyproject.toml. Invariant: whatever is missing or fails, the 
 torch. The instruction set is a named level and not -march=native, and it is part of the file's name, so that the loader can tell before it
 loads a library whether this processor can run it (native code would also use extensions that no level promises). Builds for several
 levels live side by side; `ATEN_CPU_CAPABILITY=avx2 python setup.py build_ext --inplace` makes, and the same variable selects, a lower one.
+Beside a torch for CUDA it also builds specedge/_C_cuda.so, the CUDA ops, which need no torch, with nvcc.
 """
 
 import glob
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from setuptools import setup
@@ -26,6 +30,18 @@ def warn(reason: object) -> None:
     print(f"WARNING: specedge: C++ ops not built, the slower torch path will be used: {' '.join(str(reason).split())}", file=sys.stderr)
 
 
+def cuda(path: Path) -> None:
+    """Build the CUDA ops: code for sm_80, which sm_86 and sm_89 run, and for sm_90, which later ones translate."""
+    if shutil.which("nvcc") is None:
+        return warn("nvcc is not on the PATH, so sampling on a GPU runs in torch")
+    targets = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+    try:
+        command = ["nvcc", "-std=c++20", "-O3", "-shared", "-Xcompiler=-fPIC", *targets, *sorted(glob.glob("csrc/cuda/*.cu")), "-o", str(path)]
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        warn(error)
+
+
 def ops() -> dict[str, Any]:
     """The arguments of setup() that build the library, none without torch."""
     if torch is None:
@@ -41,6 +57,8 @@ def ops() -> dict[str, Any]:
             except Exception as error:
                 self.extensions.clear()  # nobody shall look for what is not there
                 warn(error)
+            if torch.version.cuda is not None:
+                cuda(Path("." if self.inplace else self.build_lib) / "specedge" / "_C_cuda.so")
 
     isa, march = LEVELS.get(torch.backends.cpu.get_cpu_capability(), ("scalar", []))
     # -fopenmp when compiling and not when linking: the symbols resolve to the runtime that torch has loaded, and there is no second one.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from specedge.kernels import reference
+from specedge.kernels.cuda_sample import CudaSample
 
 __all__ = [
     "add_rms_norm", "attention", "backend", "commit", "gumbel", "norm_rope_write", "rms_norm", "rope_write", "sample", "silu_mul", "truncate",
@@ -104,14 +105,14 @@ def _cpp(folder: Path) -> Ops:
     )
 
 
-def _gpu() -> Ops:
-    """The Triton ops, or the torch ops where Triton is not installed."""
+def _gpu(folder: Path) -> Ops:
+    """The Triton ops, and those of the CUDA library in `folder` if it was built; the torch ops where Triton is not installed."""
     try:
         from specedge.kernels import triton_pointwise, triton_rows
     except ImportError as error:
         warnings.warn(f"the GPU runs plain torch ops, several times slower ({error}); install triton: pip install triton", stacklevel=2)
         return _TORCH
-    return replace(
+    ops = replace(
         _TORCH,
         name="triton",
         rms_norm=triton_pointwise.rms_norm,
@@ -121,15 +122,25 @@ def _gpu() -> Ops:
         norm_rope_write=triton_pointwise.norm_rope_write,
         attention=triton_rows.attention,
     )
+    path = folder / "_C_cuda.so"
+    if not path.exists():
+        return ops
+    try:
+        cuda = CudaSample(path)
+    except OSError as error:
+        warnings.warn(f"{path} does not load here ({error}); rebuild it: python setup.py build_ext --inplace", stacklevel=2)
+        return ops
+    return replace(ops, name="triton, cuda", gumbel=cuda.gumbel, sample=cuda.sample, truncate=cuda.truncate)
 
 
-_CPU = _cpp(Path(__file__).parents[1])
+_FOLDER = Path(__file__).parents[1]
+_CPU = _cpp(_FOLDER)
 
 
 @cache
 def _ops_of(device: str) -> Ops:
     """The ops of a type of device."""
-    return _CPU if device == "cpu" else _gpu() if device == "cuda" else _TORCH
+    return _CPU if device == "cpu" else _gpu(_FOLDER) if device == "cuda" else _TORCH
 
 
 def _ops(x: Tensor) -> Ops:
@@ -137,7 +148,7 @@ def _ops(x: Tensor) -> Ops:
 
 
 def backend(device: torch.device | str = "cpu") -> str:
-    """What runs the ops on `device`: "cpp avx512", "cpp avx2", "cpp scalar", "triton" or "torch"."""
+    """What runs the ops on `device`: "cpp avx512", "cpp avx2", "cpp scalar", "triton, cuda", "triton" or "torch"."""
     return _ops_of(torch.device(device).type).name
 
 

@@ -1,0 +1,212 @@
+// gumbel, sample and truncate on a GPU: the noise of shared-noise verification, the argmax under it, and the filters before it, without a sort.
+//
+// No torch: the launchers at the end are plain C for specedge/kernels/cuda_sample.py; they ask nothing of the device and so can be captured.
+// Invariant: as in csrc/cpu/sample.cpp. gumbel is integer arithmetic, float64 and one rounding; a product is rounded before noise is added; ranks are
+// larger value, then smaller id; sums of weights are integers. So ids are those of the CPU, and the same in any order of threads.
+#include <cmath>
+#include <cstdint>
+
+namespace {
+
+constexpr int THREADS = 512, BINS = 1024;
+
+__global__ void gumbel_kernel(uint64_t seed, uint32_t position, float* out, int vocab) {
+  const int counter = blockIdx.x * blockDim.x + threadIdx.x;
+  if (4 * counter >= vocab) return;
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  uint32_t x[4] = {uint32_t(counter), position, 0, 0};
+  for (int round = 0; round < 10; round++) {  // Philox4x32-10
+    const uint64_t p0 = uint64_t(x[0]) * 0xD2511F53, p1 = uint64_t(x[2]) * 0xCD9E8D57;
+    x[0] = uint32_t(p1 >> 32) ^ x[1] ^ k0, x[1] = uint32_t(p1), x[2] = uint32_t(p0 >> 32) ^ x[3] ^ k1, x[3] = uint32_t(p0);
+    k0 += 0x9E3779B9, k1 += 0xBB67AE85;
+  }
+  for (int i = 0; i < 4 && 4 * counter + i < vocab; i++) {
+    const double e = (double(x[i]) + 0.5) * 0x1p-32, most = 1 - 0x1p-24;
+    out[4 * counter + i] = float(-log(-log1p(-(e < most ? e : most))));
+  }
+}
+
+// Of a block's pairs the one with the larger value, the smaller id among equals; every thread gets it.
+__device__ void best_of_block(float& value, int& id) {
+  __shared__ float values[THREADS];
+  __shared__ int ids[THREADS];
+  const int t = threadIdx.x;
+  values[t] = value, ids[t] = id;
+  __syncthreads();
+  for (int half = THREADS / 2; half > 0; half /= 2) {
+    if (t < half && (values[t + half] > values[t] || (values[t + half] == values[t] && ids[t + half] < ids[t])))
+      values[t] = values[t + half], ids[t] = ids[t + half];
+    __syncthreads();
+  }
+  value = values[0], id = ids[0];
+  __syncthreads();
+}
+
+__global__ void __launch_bounds__(THREADS) sample_kernel(const float* logits, const float* noise, const int32_t* noise_row,
+                                                         const float* inv_temperature, int64_t* out, int vocab, int limit) {
+  const int64_t row = blockIdx.x;
+  const float *z = logits + row * vocab, t = inv_temperature[row];
+  const float* g = noise_row[row] < 0 ? nullptr : noise + int64_t(noise_row[row]) * vocab;
+  float top = -INFINITY;
+  int id = threadIdx.x == 0 ? 0 : limit;
+  for (int v = threadIdx.x; v < limit; v += THREADS) {
+    const float y = g ? __fadd_rn(__fmul_rn(z[v], t), g[v]) : z[v];
+    if (y > top) top = y, id = v;
+  }
+  best_of_block(top, id);
+  if (threadIdx.x == 0) out[row] = id;
+}
+
+// The bits of a float in the order of its value; -0 counts as 0.
+__device__ uint32_t key_of(float z) {
+  const uint32_t u = __float_as_uint(z + 0.0f);
+  return u >> 31 ? ~u : u | 0x80000000u;
+}
+
+__device__ float value_of(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+
+// A beginning of the ranking: all tokens with a key above `key`, and the first `ties` of those that have it.
+struct Cut {
+  uint32_t key;
+  uint64_t ties;
+};
+
+// One row, as all threads of a block see it.
+struct Row {
+  const float* logits;
+  float t, top, log_min_p;
+  int limit;
+
+  __device__ float z(int v) const { return __fmul_rn(logits[v], t); }
+  __device__ bool alive(float z) const { return z - top >= log_min_p || z == top; }
+  __device__ uint64_t weight(float z) const { return uint64_t(exp(double(z) - double(top)) * 0x1p40 + 0.5); }
+  __device__ int bin(float z) const {  // never falls as z does; 1/32 is narrow enough that few threads meet in one
+    const float d = __fmul_rn(top - z, 32.0f);
+    return d < BINS - 1 ? int(d) : BINS - 1;
+  }
+};
+
+// Adds `f(v, add)` over the tokens of a row into bins; add(bin, amount).
+template <class F>
+__device__ void histogram(unsigned long long* bins, const Row& row, F f) {
+  for (int i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
+  __syncthreads();
+  for (int v = threadIdx.x; v < row.limit; v += THREADS) f(row.z(v), [&](int bin, uint64_t amount) {
+    if (amount) atomicAdd(bins + bin, (unsigned long long)amount);
+  });
+  __syncthreads();
+}
+
+// The shortest beginning of the ranking inside `within` whose measure, tokens or their weights, reaches need(measure of all); `within` if none
+// does. `need` is called by one thread.
+template <bool WEIGHTS, class Need>
+__device__ Cut shortest(const Row& row, Cut within, Need need) {
+  __shared__ unsigned long long bins[BINS];
+  __shared__ unsigned long long missing;  // of the measure, once all keys above the digits found so far are counted
+  __shared__ int found;
+  const auto measure = [&](float z) { return WEIGHTS ? row.weight(z) : uint64_t(1); };
+  const auto amount = [&](float z, uint32_t key) { return row.alive(z) && key > within.key ? measure(z) : 0; };
+  const bool bulk = within.ties > 0;  // the ties of `within` count, but only the first of them: thread 0 adds them
+  const float edge = value_of(within.key);
+
+  histogram(bins, row, [&](float z, auto add) { add(row.bin(z), amount(z, key_of(z))); });
+  if (threadIdx.x == 0) {
+    if (bulk) bins[row.bin(edge)] += within.ties * measure(edge);
+    uint64_t all = 0;
+    for (int i = 0; i < BINS; i++) all += bins[i];
+    missing = need(all), found = -1;
+    for (int i = 0; missing <= all && i < BINS && found < 0; i++)
+      if (bins[i] >= missing)
+        found = i;
+      else
+        missing -= bins[i];
+  }
+  __syncthreads();
+  const int bin = found;
+  __syncthreads();
+  if (bin < 0) return within;
+
+  uint32_t key = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    histogram(bins, row, [&](float z, auto add) {
+      const uint32_t k = key_of(z);
+      if (row.bin(z) == bin && (uint64_t(k) >> (shift + 8)) == (uint64_t(key) >> (shift + 8))) add(k >> shift & 255, amount(z, k));
+    });
+    if (threadIdx.x == 0) {
+      if (bulk && row.bin(edge) == bin && (uint64_t(within.key) >> (shift + 8)) == (uint64_t(key) >> (shift + 8)))
+        bins[within.key >> shift & 255] += within.ties * measure(edge);
+      found = 255;
+      while (bins[found] < missing) missing -= bins[found--];
+    }
+    __syncthreads();
+    key |= uint32_t(found) << shift;
+    __syncthreads();
+  }
+  const uint64_t each = measure(value_of(key)), ties = (missing + each - 1) / each;
+  __syncthreads();
+  return {key, ties};
+}
+
+__global__ void __launch_bounds__(THREADS) truncate_kernel(const float* logits, const float* inv_temperature, const float* log_min_p,
+                                                           const int32_t* top_k, const double* top_p, float* out, int vocab, int limit) {
+  const int64_t r = blockIdx.x;
+  Row row = {logits + r * vocab, inv_temperature[r], -INFINITY, log_min_p[r], limit};
+  int id = limit;
+  float top = -INFINITY;
+  for (int v = threadIdx.x; v < limit; v += THREADS)
+    if (const float z = row.z(v); z > top) top = z, id = v;
+  best_of_block(top, id);
+  row.top = top;
+
+  Cut cut = {0, 0};  // below every number: all
+  const int k = top_k[r];
+  const double p = top_p[r];
+  if (k > 0) cut = shortest<false>(row, cut, [=](uint64_t) { return uint64_t(k); });
+  if (p < 1) cut = shortest<true>(row, cut, [=](uint64_t all) {
+    const uint64_t enough = uint64_t(ceil(double(all) * p));
+    return enough ? enough : uint64_t(1);  // the first token always survives
+  });
+
+  // ties survive in the order of ids: count those before a thread's share of the row, then walk it
+  __shared__ int counts[THREADS];
+  const int share = (vocab + THREADS - 1) / THREADS, begin = threadIdx.x * share, end = begin + share < vocab ? begin + share : vocab;
+  int own = 0;
+  for (int v = begin; v < end && v < limit; v++) own += key_of(row.z(v)) == cut.key && row.alive(row.z(v));
+  counts[threadIdx.x] = own;
+  __syncthreads();
+  uint64_t before = 0;
+  for (int i = 0; i < int(threadIdx.x); i++) before += counts[i];
+  for (int v = begin; v < end; v++) {
+    bool keep = false;
+    if (v < limit) {
+      const float z = row.z(v);
+      const uint32_t key = key_of(z);
+      keep = row.alive(z) && (key > cut.key || (key == cut.key && before++ < cut.ties));
+    }
+    out[r * vocab + v] = keep ? row.logits[v] : -INFINITY;
+  }
+}
+
+}  // namespace
+
+// Each returns 0 or what cudaGetLastError says.
+
+// out [vocab].
+extern "C" int specedge_gumbel(uint64_t seed, uint32_t position, float* out, int vocab, cudaStream_t stream) {
+  gumbel_kernel<<<(vocab + 511) / 512, 128, 0, stream>>>(seed, position, out, vocab);
+  return cudaGetLastError();
+}
+
+// out [rows]: argmax over v < limit of logits [rows, vocab] * inv_temperature + noise [*, vocab]; noise_row -1: of the logits alone.
+extern "C" int specedge_sample(const float* logits, const float* noise, const int32_t* noise_row, const float* inv_temperature, int64_t* out,
+                               int rows, int vocab, int limit, cudaStream_t stream) {
+  sample_kernel<<<rows, THREADS, 0, stream>>>(logits, noise, noise_row, inv_temperature, out, vocab, limit);
+  return cudaGetLastError();
+}
+
+// out [rows, vocab]: logits, or -inf where a token does not survive. log_min_p: ln(min_p), or -inf.
+extern "C" int specedge_truncate(const float* logits, const float* inv_temperature, const float* log_min_p, const int32_t* top_k,
+                                 const double* top_p, float* out, int rows, int vocab, int limit, cudaStream_t stream) {
+  truncate_kernel<<<rows, THREADS, 0, stream>>>(logits, inv_temperature, log_min_p, top_k, top_p, out, vocab, limit);
+  return cudaGetLastError();
+}
