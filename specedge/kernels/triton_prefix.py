@@ -21,6 +21,7 @@ MAX_SPLITS = tl.constexpr(32)  # with 8 key heads 256 programs for one sequence:
 MIN_SPLIT = tl.constexpr(256)
 KEYS_PER_ROW = tl.constexpr(8)
 NO_WINDOW = 1 << 30
+MAX_REGISTERS = 255  # a stated limit, even this one, keeps ptxas from spilling to fit one program more (24 bytes for sm_89 and D = 96)
 LOG2_E = 1.4426950408889634  # scores are kept in base 2
 PRECISION = {torch.float32: "tf32x3", torch.bfloat16: "ieee", torch.float16: "ieee"}
 
@@ -171,7 +172,8 @@ def prefix_attention(
     _, _, heads, page_size, _ = pages_kv.shape
     count, width = page_table.shape
     group = q_heads // heads
-    tile = choose_tile(rows, count, group, dim, q.element_size(), has_wgmma(q.device))
+    wgmma = has_wgmma(q.device)
+    tile = choose_tile(rows, count, group, dim, q.element_size(), wgmma)
     tokens = width * page_size
     splits = min(MAX_SPLITS.value, triton.cdiv(tokens, MIN_SPLIT.value))
     # M packed rows have at most min(splits, 1 + tokens / (8 M)) splits
@@ -181,7 +183,7 @@ def prefix_attention(
     prefix_kernel[(max_tiles(rows, count, group, tile.rows), heads, splits)](
         q, pages_kv[0], pages_kv[1], segments, page_table, q_pos, out, lse, count, width, heads, scale * LOG2_E, window or NO_WINDOW,
         G=group, D=dim, S=page_size, ROWS=tile.rows, KEYS=tile.keys, WIDTH=padded(dim), COUNT=padded(count), WINDOW=window > 0,
-        PRECISION=PRECISION[q.dtype], num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=PRECISION[q.dtype], num_warps=tile.warps, num_stages=tile.stages, maxnreg=None if wgmma else MAX_REGISTERS,
     )  # fmt: skip
     return out, lse
 

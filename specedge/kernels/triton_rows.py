@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specedge.kernels.triton_prefix import (
     LOG2_E,
+    MAX_REGISTERS,
     NO_WINDOW,
     PRECISION,
     Tile,
@@ -144,11 +145,12 @@ def attention(
     rows, q_heads, dim = q.shape
     heads, count = rows_kv.shape[2], len(segments)
     group = q_heads // heads
-    tile = choose_tile(dim, q.element_size(), has_wgmma(q.device))
+    wgmma = has_wgmma(q.device)
+    tile = choose_tile(dim, q.element_size(), wgmma)
     out = torch.zeros_like(q)
     rows_kernel[(max_tiles(rows, count, group, SMALL.value), heads)](
         q, rows_kv[0], rows_kv[1], segments, q_pos, k_pos, anc, part_out, part_lse, out, count, anc.shape[1], heads, scale * LOG2_E,
         window or NO_WINDOW, G=group, D=dim, TALL=tile.rows, KEYS=tile.keys, WIDTH=padded(dim), COUNT=padded(count), WINDOW=window > 0,
-        PRECISION=PRECISION[q.dtype], num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=PRECISION[q.dtype], num_warps=tile.warps, num_stages=tile.stages, maxnreg=None if wgmma else MAX_REGISTERS,
     )  # fmt: skip
     return out

@@ -139,11 +139,12 @@ def test_padding_changes_nothing(op: Any) -> None:
     assert torch.equal(got[: len(want)], want) and not got[len(want) :].any()
 
 
-def test_pages_beyond_31_bits(op: Any, device: torch.device) -> None:
+@pytest.mark.parametrize("size", [16, 64])
+def test_pages_beyond_31_bits(op: Any, device: torch.device, size: int) -> None:
     """Offsets of 2^31 elements and more; most of this memory is never touched."""
-    part, _ = make("chunk", 20, 2, 2, 64, torch.float16)
-    pages = torch.empty(2, 2**20 + 4, 2, 16, 64, dtype=torch.float16, device=device)
-    args = list(arguments([part], 16, 0))
+    part, _ = make("chunk", size + 4, 2, 2, 64, torch.float16)
+    pages = torch.empty(2, 2**24 // size + 4, 2, size, 64, dtype=torch.float16, device=device)
+    args = list(arguments([part], size, 0))
     last = pages.shape[1] - 2
     for i in range(2):
         pages[:, last + i] = args[2][:, args[4][0, i]].to(device)
