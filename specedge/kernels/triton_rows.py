@@ -25,7 +25,7 @@ from specedge.kernels.triton_prefix import (
     padded,
     prefix_attention,
     sum_before,
-)  # fmt: skip
+)
 
 SMALL = tl.constexpr(16)  # packed rows of a tile
 SMALL_UP_TO = tl.constexpr(256)  # packed rows of a segment that small tiles cover: a tree of 64 rows with G = 4
