@@ -73,6 +73,17 @@ Tensor rms_norm_op(const Tensor& x, const Tensor& weight, double eps, bool scala
   return out;
 }
 
+std::tuple<Tensor, Tensor> add_rms_norm_op(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, bool scalar) {
+  Tensor out = at::empty_like(x), total = at::empty_like(x);
+  by_dtype(x, "x", [&]<class T>(T) {
+    check(x, "x", 2, DTYPE<T>), check(residual, "residual", 2, DTYPE<T>), check(weight, "weight", 1, DTYPE<T>);
+    TORCH_CHECK(residual.sizes() == x.sizes() && weight.size(0) == x.size(1), "residual is ", residual.sizes(), ", weight ", weight.sizes(),
+                " for x ", x.sizes());
+    add_rms_norm(data<T>(x), data<T>(residual), data<T>(weight), data<T>(out), data<T>(total), x.size(0), x.size(1), float(eps), scalar);
+  });
+  return {out, total};
+}
+
 Tensor silu_mul_op(const Tensor& x, bool scalar) {
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 2 == 0, "x must be [.., 2F], is ", x.sizes());
   const int64_t width = x.size(-1) / 2;
@@ -192,25 +203,20 @@ Tensor linear_pack_int_op(const Tensor& q, const std::optional<Tensor>& scale) {
 
 // Everything of a linear layer but its weights, checked; y is made.
 template <class T>
-Linear<T> linear_of(const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                    Tensor& y) {
+Linear<T> linear_of(const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& bias, Tensor& y) {
   check(x, "x", 2, DTYPE<T>);
   if (bias) check(*bias, "bias", 1, DTYPE<T>);
-  if (residual) check(*residual, "residual", 2, DTYPE<T>);
   TORCH_CHECK(!bias || bias->size(0) == n, "bias must have ", n, " elements");
-  TORCH_CHECK(!residual || residual->sizes() == at::IntArrayRef({x.size(0), n}), "residual must be [", x.size(0), ", ", n, "]");
   y = at::empty({x.size(0), n}, x.options());
-  return {data<T>(x), packed.data_ptr(), nullptr, bias ? data<T>(*bias) : nullptr, residual ? data<T>(*residual) : nullptr, data<T>(y), x.size(0), n,
-          x.size(1)};
+  return {data<T>(x), packed.data_ptr(), nullptr, bias ? data<T>(*bias) : nullptr, data<T>(y), x.size(0), n, x.size(1)};
 }
 
-Tensor linear_op(const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                 bool scalar) {
+Tensor linear_op(const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& bias, bool scalar) {
   Tensor y;
   by_dtype(x, "x", [&]<class T>(T) {
     constexpr int64_t step = 4 / sizeof(T);
     check(packed, "packed", 4, DTYPE<T>);
-    const Linear<T> a = linear_of<T>(x, packed, n, bias, residual, y);
+    const Linear<T> a = linear_of<T>(x, packed, n, bias, y);
     TORCH_CHECK(packed.sizes() == at::IntArrayRef({(n + 31) / 32, (a.k + step - 1) / step, 32, step}), "packed is ", packed.sizes(), " for ", n,
                 " outputs of ", a.k, " inputs");
     if (a.rows) linear(a, scalar);
@@ -219,13 +225,13 @@ Tensor linear_op(const Tensor& x, const Tensor& packed, int64_t n, const std::op
 }
 
 Tensor linear_int_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scale, int64_t n, const std::optional<Tensor>& bias,
-                     const std::optional<Tensor>& residual, bool scalar) {
+                     bool scalar) {
   Tensor y;
   check(packed, "packed", 3, at::kByte);
   if (scale) check(*scale, "scale", 1, at::kFloat);
   TORCH_CHECK(!scale || scale->size(0) == n, "scale must have ", n, " elements");
   by_dtype(x, "x", [&]<class T>(T) {
-    Linear<T> a = linear_of<T>(x, packed, n, bias, residual, y);
+    Linear<T> a = linear_of<T>(x, packed, n, bias, y);
     TORCH_CHECK(packed.sizes() == at::IntArrayRef({(n + 31) / 32, (a.k + INPUTS - 1) / INPUTS, scale ? STEP8 : STEP4}), "packed is ",
                 packed.sizes(), " for ", n, " outputs of ", a.k, " inputs");
     if (scale) a.scale = data<float>(*scale);
@@ -274,15 +280,16 @@ Tensor truncate_op(const Tensor& logits, const Tensor& inv_temperature, const Te
 
 TORCH_LIBRARY(specedge, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool scalar=False) -> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool scalar=False) -> (Tensor, Tensor)");
   m.def("silu_mul(Tensor x, bool scalar=False) -> Tensor");
   m.def("rope_write(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(a!) rows_kv, int heads, bool scalar=False)"
         " -> Tensor");
   m.def("attention(Tensor q, Tensor rows_kv, Tensor pages_kv, Tensor segments, Tensor page_table, Tensor q_pos, Tensor k_pos, Tensor anc,"
         " float scale, int window, bool scalar=False) -> Tensor");
   m.def("linear_pack(Tensor weight) -> Tensor");
-  m.def("linear(Tensor x, Tensor packed, int n, Tensor? bias, Tensor? residual, bool scalar=False) -> Tensor");
+  m.def("linear(Tensor x, Tensor packed, int n, Tensor? bias, bool scalar=False) -> Tensor");
   m.def("linear_pack_int(Tensor q, Tensor? scale) -> Tensor");
-  m.def("linear_int(Tensor x, Tensor packed, Tensor? scale, int n, Tensor? bias, Tensor? residual, bool scalar=False) -> Tensor");
+  m.def("linear_int(Tensor x, Tensor packed, Tensor? scale, int n, Tensor? bias, bool scalar=False) -> Tensor");
   m.def("gumbel(int seed, int position, int vocab) -> Tensor", specedge::gumbel_op);
   m.def("sample(Tensor logits, Tensor noise, Tensor noise_row, Tensor inv_temperature, int limit, bool scalar=False) -> Tensor");
   m.def("truncate(Tensor logits, Tensor inv_temperature, Tensor min_p, Tensor top_k, Tensor top_p, int limit) -> Tensor");
@@ -290,6 +297,7 @@ TORCH_LIBRARY(specedge, m) {
 
 TORCH_LIBRARY_IMPL(specedge, CPU, m) {
   m.impl("rms_norm", specedge::rms_norm_op);
+  m.impl("add_rms_norm", specedge::add_rms_norm_op);
   m.impl("silu_mul", specedge::silu_mul_op);
   m.impl("rope_write", specedge::rope_write_op);
   m.impl("attention", specedge::attention_op);

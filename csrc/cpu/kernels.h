@@ -18,6 +18,9 @@ int64_t threads();  // that torch would use
 template <class T>
 void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t width, float eps, bool scalar);
 
+template <class T>  // total = x + residual, out = its norm
+void add_rms_norm(const T* x, const T* residual, const T* weight, T* out, T* total, int64_t rows, int64_t width, float eps, bool scalar);
+
 template <class T>
 void silu_mul(const T* x, T* out, int64_t rows, int64_t width, bool scalar);  // width = F
 
@@ -45,13 +48,13 @@ struct Attention {
 template <class T>
 void attention(const Attention<T>& a, bool scalar);
 
-// y = x W^T (times scale [n]) (plus bias [n]) (plus residual [rows][n]); those may be null.
+// y = x W^T (times scale [n]) (plus bias [n]); those may be null.
 template <class T>
 struct Linear {
   const T* x;
   const void* packed;
   const float* scale;
-  const T *bias, *residual;
+  const T* bias;
   T* out;
   int64_t rows, n, k;
 };

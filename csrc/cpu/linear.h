@@ -41,7 +41,7 @@ void walk(int64_t rows, int64_t panels, int64_t steps, int64_t step_bytes, int64
   });
 }
 
-// Round the sums of a panel or two to the output: times scale [n] (if there is one), plus bias, plus residual.
+// Round the sums of a panel or two to the output: times scale [n] (if there is one), plus bias.
 template <class V, class T>
 void finish(const Linear<T>& a, int64_t panel, int64_t panels, const float* sums) {
   const int64_t begin = panel * COLUMNS, end = std::min(a.n, begin + panels * COLUMNS);
@@ -51,7 +51,6 @@ void finish(const Linear<T>& a, int64_t panel, int64_t panels, const float* sums
       V y = V::load(sums + r * SUMS + c - begin);
       if (a.scale) y = y * V::load(a.scale + c, n);
       if (a.bias) y = y + V::load(a.bias + c, n);
-      if (a.residual) y = y + V::load(a.residual + r * a.n + c, n);
       y.store(a.out + r * a.n + c, n);
     }
 }

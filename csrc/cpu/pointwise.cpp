@@ -1,4 +1,4 @@
-// rms_norm, silu_mul, rope_write: one row after the other, each on its own. Knows nothing of sequences.
+// rms_norm, add_rms_norm, silu_mul, rope_write: one row after the other, each on its own. Knows nothing of sequences.
 //
 // Invariant: float32 inside, one rounding at the end; sums run in one fixed order. rope_write multiplies and subtracts without fma, which
 // makes it equal to the reference bit for bit.
@@ -25,6 +25,14 @@ void norm_row(const T* x, const T* weight, T* out, int64_t width, float eps) {
   const V r = V::set(1.0f / std::sqrt(sum(squares) / float(width) + eps));
   for (i = 0; i + LANES <= width; i += LANES) (V::load(x + i) * r * V::load(weight + i)).store(out + i);
   if (tail) (V::load(x + i, tail) * r * V::load(weight + i, tail)).store(out + i, tail);
+}
+
+template <class V, class T>
+void add_row(const T* x, const T* residual, T* total, int64_t width) {
+  for (int64_t i = 0; i < width; i += LANES) {
+    const int n = int(std::min<int64_t>(LANES, width - i));
+    (V::load(x + i, n) + V::load(residual + i, n)).store(total + i, n);
+  }
 }
 
 template <class V, class T>
@@ -68,6 +76,17 @@ void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t width, 
 }
 
 template <class T>
+void add_rms_norm(const T* x, const T* residual, const T* weight, T* out, T* total, int64_t rows, int64_t width, float eps, bool scalar) {
+  const auto add = scalar ? add_row<Scalar, T> : add_row<Native, T>;
+  const auto norm = scalar ? norm_row<Scalar, T> : norm_row<Native, T>;
+  for_each(rows, double(rows) * double(width) / 3, [=](int64_t r) {
+    const int64_t at = r * width;
+    add(x + at, residual + at, total + at, width);
+    norm(total + at, weight, out + at, width, eps);
+  });
+}
+
+template <class T>
 void silu_mul(const T* x, T* out, int64_t rows, int64_t width, bool scalar) {
   const auto row = scalar ? silu_row<Scalar, T> : silu_row<Native, T>;
   for_each(rows, double(rows) * double(width), [=](int64_t r) { row(x + 2 * r * width, x + (2 * r + 1) * width, out + r * width, width); });
@@ -81,6 +100,8 @@ void rope_write(const Rope<T>& a, bool scalar) {
 
 template void rms_norm(const float*, const float*, float*, int64_t, int64_t, float, bool);
 template void rms_norm(const bf16*, const bf16*, bf16*, int64_t, int64_t, float, bool);
+template void add_rms_norm(const float*, const float*, const float*, float*, float*, int64_t, int64_t, float, bool);
+template void add_rms_norm(const bf16*, const bf16*, const bf16*, bf16*, bf16*, int64_t, int64_t, float, bool);
 template void silu_mul(const float*, float*, int64_t, int64_t, bool);
 template void silu_mul(const bf16*, bf16*, int64_t, int64_t, bool);
 template void rope_write(const Rope<float>&, bool);

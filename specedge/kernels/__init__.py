@@ -77,10 +77,6 @@ def _cpp(folder: Path) -> Ops:
         return _TORCH
     cpp: Any = torch.ops.specedge
 
-    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        total = x + residual
-        return cpp.rms_norm.default(total, weight, eps), total
-
     def norm_rope_write(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, *rope: Any) -> Tensor:
         *_, rows_kv, heads = rope
         kv_heads, dim = rows_kv.shape[2:]
@@ -93,7 +89,7 @@ def _cpp(folder: Path) -> Ops:
     return Ops(
         f"cpp {isa}",
         cpp.rms_norm.default,
-        add_rms_norm,
+        cpp.add_rms_norm.default,
         cpp.silu_mul.default,
         cpp.rope_write.default,
         norm_rope_write,

@@ -18,7 +18,7 @@ QUANTISE_ROWS = 8192  # of a weight at a time: in float32 they take a tenth of t
 
 
 class Linear:
-    """`x [R, K]` -> `x W^T + b (+ residual) [R, N]` for a weight `[N, K]` and perhaps a bias `[N]`; `bits` 8 or 4 rounds the weight to integers."""
+    """`x [R, K]` -> `x W^T + b [R, N]` for a weight `[N, K]` and perhaps a bias `[N]`; `bits` 8 or 4 rounds the weight to integers."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, bits: int | None = None) -> None:
         self.outputs, self.bias = len(weight), bias
@@ -38,23 +38,21 @@ class Linear:
         else:
             self.kind, self.weight = "torch", weight
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         y: Tensor
         match self.kind:
             case "C++":
-                y = torch.ops.specedge.linear(x, self.weight, self.outputs, self.bias, residual)
+                y = torch.ops.specedge.linear(x, self.weight, self.outputs, self.bias)
             case "C++ integers":
-                y = torch.ops.specedge.linear_int(x, self.weight, self.scale, self.outputs, self.bias, residual)
+                y = torch.ops.specedge.linear_int(x, self.weight, self.scale, self.outputs, self.bias)
             case "integers":
                 assert self.scale is not None
-                y = reference.linear_int(x, self.weight, self.scale, self.bias, residual)
+                y = reference.linear_int(x, self.weight, self.scale, self.bias)
             case "oneDNN":
                 padded = x.expand(2, -1) if len(x) == 1 else x
                 y = torch.ops.mkldnn._linear_pointwise(padded.contiguous(), self.weight, self.bias, "none", [], "")[: len(x)]
-                y = y if residual is None else y + residual
             case _:
                 y = F.linear(x, self.weight, self.bias)
-                y = y if residual is None else y + residual
         return y
 
 

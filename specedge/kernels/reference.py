@@ -34,17 +34,13 @@ def silu_mul(x: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(x.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """`x [R, K]`, `weight [N, K]` -> `x W^T + bias [N] + residual [R, N]`, `[R, N]`; the last two may be None."""
-    return _rounded(x.float() @ weight.float().T, bias, residual, x.dtype)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x [R, K]`, `weight [N, K]` -> `x W^T + bias [N]`, `[R, N]`; without a bias, None."""
+    return _rounded(x.float() @ weight.float().T, bias, x.dtype)
 
 
-def _rounded(y: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if bias is not None:
-        y = y + bias.float()
-    if residual is not None:
-        y = y + residual.float()
-    return y.to(dtype)
+def _rounded(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def quantise(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -79,7 +75,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.flatten(1)[:, : x.shape[1]], scale[:, :, 0]
 
 
-def linear_int(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def linear_int(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` with the weights `q [N, K]` and `scale` of `quantise`, and `x` rounded by `quantise_rows`.
 
     Products of integers are summed exactly (below 2^24, so in float32), over 128 inputs with 8 bits and over 32 with 4; the sums, times their
@@ -93,7 +89,7 @@ def linear_int(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, residua
         if scale.dim() == 2:
             part = part * scale[:, g].float()
         y = y + part * a_scale[:, at // INPUTS, None]
-    return _rounded(y * scale if scale.dim() == 1 else y, bias, residual, x.dtype)
+    return _rounded(y * scale if scale.dim() == 1 else y, bias, x.dtype)
 
 
 def rope_write(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, rows_kv: Tensor, heads: int) -> Tensor:

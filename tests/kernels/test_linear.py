@@ -18,9 +18,9 @@ KINDS: list[tuple[torch.dtype, int | None]] = [*FLOATS, *INTS]
 
 
 def case(rows: int, n: int, k: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """x, weight, bias, residual."""
+    """x, weight, bias."""
     gen = torch.Generator().manual_seed(seed + rows + 7 * n + 31 * k)
-    return tuple(torch.randn(shape, generator=gen).to(dtype) for shape in ((rows, k), (n, k), (n,), (rows, n)))
+    return tuple(torch.randn(shape, generator=gen).to(dtype) for shape in ((rows, k), (n, k), (n,)))
 
 
 def near(got: torch.Tensor, x: torch.Tensor, w: torch.Tensor, *added: torch.Tensor) -> None:
@@ -36,47 +36,45 @@ def near(got: torch.Tensor, x: torch.Tensor, w: torch.Tensor, *added: torch.Tens
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_is_the_product(n: int, k: int, dtype: torch.dtype) -> None:
     for rows in (1, 2, 13, 40):
-        x, w, b, r = case(rows, n, k, dtype)
+        x, w, b = case(rows, n, k, dtype)
         near(Linear(w)(x), x, w)
         near(Linear(w, b)(x), x, w, b)
-        if kernels.backend() != "torch":  # oneDNN rounds once more before it adds the residual
-            near(Linear(w, b)(x, r), x, w, b, r)
-        near(reference.linear(x, w, b, r), x, w, b, r)
+        near(reference.linear(x, w, b), x, w, b)
     assert Linear(w, b)(x[:0]).shape == (0, n)
 
 
 @pytest.mark.parametrize(("dtype", "bits"), KINDS)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_rows_alone_and_twin(cpp: Any, n: int, k: int, dtype: torch.dtype, bits: int | None) -> None:
-    x, w, b, r = case(75, n, k, dtype)
+    x, w, b = case(75, n, k, dtype)
     layer = Linear(w, b, bits)
     torch.set_num_threads(2)
-    whole = layer(x, r)
+    whole = layer(x)
     torch.set_num_threads(1)
     if bits is None:
-        assert torch.equal(whole, cpp.linear(x, layer.weight, n, b, r, scalar=True))
+        assert torch.equal(whole, cpp.linear(x, layer.weight, n, b, scalar=True))
     else:
-        assert torch.equal(whole, cpp.linear_int(x, layer.weight, layer.scale, n, b, r, scalar=True))
-        assert torch.equal(whole, reference.linear_int(x, *reference.quantise(w, bits), b, r))
+        assert torch.equal(whole, cpp.linear_int(x, layer.weight, layer.scale, n, b, scalar=True))
+        assert torch.equal(whole, reference.linear_int(x, *reference.quantise(w, bits), b))
     for size in (1, 2, 3, 5, 6, 7, 11, 12, 13, 24, 25, 37):
-        assert torch.equal(torch.cat([layer(x[i : i + size], r[i : i + size]) for i in range(0, 75, size)]), whole)
+        assert torch.equal(torch.cat([layer(x[i : i + size]) for i in range(0, 75, size)]), whole)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 150), st.integers(1, 400), st.sampled_from(KINDS), st.booleans(), st.booleans(), st.data())
-def test_any_size(rows: int, n: int, k: int, kind: tuple[torch.dtype, int | None], bias: bool, residual: bool, data: st.DataObject) -> None:
+@given(st.integers(1, 70), st.integers(1, 150), st.integers(1, 400), st.sampled_from(KINDS), st.booleans(), st.data())
+def test_any_size(rows: int, n: int, k: int, kind: tuple[torch.dtype, int | None], bias: bool, data: st.DataObject) -> None:
     dtype, bits = kind
-    x, w, b, r = case(rows, n, k, dtype)
+    x, w, b = case(rows, n, k, dtype)
     layer = Linear(w, b if bias else None, bits)
-    y = layer(x, r if residual else None)
+    y = layer(x)
     if bits is not None:
-        want = reference.linear_int(x, *reference.quantise(w, bits), b if bias else None, r if residual else None)
+        want = reference.linear_int(x, *reference.quantise(w, bits), b if bias else None)
         assert torch.equal(y, want)
     elif kernels.backend() != "torch":
-        near(y, x, w, *[b] * bias, *[r] * residual)
+        near(y, x, w, *[b] * bias)
     some = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=rows))
     if bits is not None or kernels.backend() != "torch":  # oneDNN: as far as it was seen, see Linear
-        assert torch.equal(layer(x[some], r[some] if residual else None), y[some])
+        assert torch.equal(layer(x[some]), y[some])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -106,7 +104,7 @@ def test_quantise_rows() -> None:
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_a_bad_row_stays_alone(cpp: Any, bits: int | None) -> None:
-    x, w, _, _ = case(30, 70, 200, torch.float32)
+    x, w, _ = case(30, 70, 200, torch.float32)
     layer = Linear(w, None, bits)
     want = layer(x)
     x[4, 150], x[9, 3], x[11], x[12, 0] = torch.nan, -torch.inf, 0, 1e-44
@@ -116,12 +114,12 @@ def test_a_bad_row_stays_alone(cpp: Any, bits: int | None) -> None:
     others = [i for i in range(30) if i not in (4, 9, 11, 12)]
     assert torch.equal(got[others], want[others])
     if bits is not None:
-        torch.testing.assert_close(got, reference.linear_int(x, *reference.quantise(w, bits), None, None), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(got, reference.linear_int(x, *reference.quantise(w, bits), None), rtol=0, atol=0, equal_nan=True)
 
 
 def test_small_numbers(cpp: Any) -> None:
     """bfloat16: subnormal inputs count as zero where the processor multiplies pairs, and as they are elsewhere; both are within the least normal."""
-    x, w, _, _ = case(8, 40, 64, torch.bfloat16)
+    x, w, _ = case(8, 40, 64, torch.bfloat16)
     near(Linear(w)(x * 2.0**-60) * 2.0**60, x, w)
     assert (Linear(w)(x * 1e-39).abs() <= 64 * 16 * 2.0**-126).all()
 
@@ -129,28 +127,28 @@ def test_small_numbers(cpp: Any) -> None:
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_without_the_library(bits: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN, or the reference for integers: the same bits for the latter."""
-    x, w, b, r = case(9, 70, 130, torch.float32)
-    here = Linear(w, b, bits)(x, r)
+    x, w, b = case(9, 70, 130, torch.float32)
+    here = Linear(w, b, bits)(x)
     monkeypatch.setattr(linear, "backend", lambda: "torch")
     there = Linear(w, b, bits)
     assert there.kind in (("oneDNN", "torch") if bits is None else ("integers",))
-    torch.testing.assert_close(there(x, r), here, rtol=0 if bits else 1e-5, atol=0 if bits else 1e-4)
-    assert torch.equal(there(x[3:4], r[3:4]), there(x, r)[3:4])
+    torch.testing.assert_close(there(x), here, rtol=0 if bits else 1e-5, atol=0 if bits else 1e-4)
+    assert torch.equal(there(x[3:4]), there(x)[3:4])
 
 
 def test_bad_arguments_are_refused(cpp: Any) -> None:
-    x, w, b, r = case(3, 40, 50, torch.float32)
+    x, w, b = case(3, 40, 50, torch.float32)
     packed, ints = cpp.linear_pack(w), cpp.linear_pack_int(w.to(torch.int8), None)
     for args, sentence in (
-        ((x[:, :48].contiguous(), packed, 40, None, None), "packed is"), ((x, packed, 80, None, None), "packed is"),
-        ((x, packed, 40, b[:39], None), "bias must have 40"), ((x, packed, 40, None, r[:2]), "residual must be"),
-        ((x.bfloat16(), packed, 40, None, None), "packed must be"), ((x.double(), packed, 40, None, None), "must be float32 or bfloat16"),
+        ((x[:, :48].contiguous(), packed, 40, None), "packed is"), ((x, packed, 80, None), "packed is"),
+        ((x, packed, 40, b[:39]), "bias must have 40"),
+        ((x.bfloat16(), packed, 40, None), "packed must be"), ((x.double(), packed, 40, None), "must be float32 or bfloat16"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=sentence):
             cpp.linear(*args)
     for args, sentence in (
-        ((x, ints, None, 40, None, None), "packed is"), ((x, ints, torch.ones(39), 40, None, None), "scale must have 40"),
-        ((x, ints, torch.ones(40), 70, None, None), "scale must have 70"),
+        ((x, ints, None, 40, None), "packed is"), ((x, ints, torch.ones(39), 40, None), "scale must have 40"),
+        ((x, ints, torch.ones(40), 70, None), "scale must have 70"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=sentence):
             cpp.linear_int(*args)

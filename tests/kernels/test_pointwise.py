@@ -113,7 +113,10 @@ def test_rows_alone_and_twin(cpp: Any, width: int, dtype: torch.dtype) -> None:
     x, weight = torch.randn(65, 2 * width, generator=gen).to(dtype), torch.randn(2 * width, generator=gen).to(dtype)
     x[3, 0] = torch.nan
     x[4] *= 1e-20  # bf16: small numbers and their rounding
-    ops = [lambda x, **kw: cpp.rms_norm(x, weight, 1e-5, **kw), lambda x, **kw: cpp.silu_mul(x, **kw)]
+    ops = [
+        lambda x, **kw: cpp.rms_norm(x, weight, 1e-5, **kw), lambda x, **kw: cpp.silu_mul(x, **kw),
+        lambda x, **kw: torch.cat(cpp.add_rms_norm(x, x * 0.5, weight, 1e-5, **kw), 1),
+    ]  # fmt: skip
     for op in ops:
         torch.set_num_threads(2)
         whole = op(x)
