@@ -57,14 +57,16 @@ class Text:
 class Edge:
     """A connection to `server`, and a draft model if one is given: a directory, or a loaded Drafter.
 
-    `tokenizer`: a directory, or a Tokenizer; by default the draft's. Without either, prompts are lists of ids and texts are empty. Raises
-    ServerError, ModelError, TokenizerError or DeviceError, each one sentence. Thread-safe. Close it, or use it as a context manager: that closes a
-    draft that was loaded here, too; a Drafter that was given stays open.
+    `tokenizer`: a directory, or a Tokenizer; by default the draft's. Without either, prompts are lists of ids and texts are empty. `key`: a file
+    that `specedge-edge keygen` made; servers whose address names their own key ask for it. Raises ServerError, AuthError, ModelError,
+    TokenizerError or DeviceError, each one sentence. Thread-safe. Close it, or use it as a context manager: that closes a draft that was loaded
+    here, too; a Drafter that was given stays open.
     """
 
     def __init__(
         self, server: str, draft: str | Path | Drafter | None = None, *, tokenizer: str | Path | Tokenizer | None = None,
-        config: DraftConfig | None = None, device: str | None = None, dtype: str | None = None, progress: bool = False,
+        key: str | Path | None = None, config: DraftConfig | None = None, device: str | None = None, dtype: str | None = None,
+        progress: bool = False,
     ) -> None:  # fmt: skip
         if isinstance(draft, Drafter) and config is not None:
             raise ValueError("config is given, but the Drafter has its own already: leave one of them out")
@@ -77,7 +79,7 @@ class Edge:
         self.tokenizer = tokenizer or (draft.tokenizer if draft else None)
         if draft and draft.tokenizer and self.tokenizer and draft.tokenizer.digest() != self.tokenizer.digest():
             raise ServerError("the draft has another tokenizer than the one that was named: a draft must share the server's vocabulary")
-        self._address = server
+        self._address, self._key = server, key
         self._commands: queue.SimpleQueue[tuple[Text, bool]] = queue.SimpleQueue()  # (text, begin or cancel)
         self._knock, self._door = socket.socketpair()  # wakes the worker's poll
         self._knock.setblocking(False)
@@ -177,7 +179,7 @@ class Edge:
     def _run(self, started: "queue.SimpleQueue[wire.Welcome | BaseException]") -> None:
         digest = self.tokenizer.digest() if self.tokenizer else b""
         try:
-            self._connection = Connection(self._address, digest)
+            self._connection = Connection(self._address, digest, self._key)
         except BaseException as e:
             started.put(e)
             return
@@ -280,7 +282,7 @@ class Edge:
         text = self._texts.get(getattr(message, "session", b""))
         if text is None:
             if isinstance(message, wire.Welcome) and message.model != self._connection.welcome.model:
-                raise ServerError(f"{self._address} serves another model than before: connect again")
+                raise ServerError(f"{self._connection.address} serves another model than before: connect again")
             if isinstance(message, wire.Error) and message.session == wire.NO_SESSION:
                 raise ServerError(f"the server refuses: {message.text}", message.code)
             return  # of a text that has ended
@@ -357,7 +359,8 @@ class Edge:
             if text.sent is None or now < text.resend:
                 continue
             if now - text.heard > PATIENCE:
-                self._give_up(text, ServerError(f"{self._address} has not answered for {PATIENCE:.0f} s: check the network and the server"))
+                at = self._connection.address
+                self._give_up(text, ServerError(f"{at} has not answered for {PATIENCE:.0f} s: check the network and the server"))
             else:
                 self._send_round(text)
 

@@ -3,16 +3,18 @@
 The network thread decodes frames and queues them; the engine thread applies them between steps and queues the answers, waking the poller through an
 inproc PAIR. All trees that came while a step ran are verified in the next one: that is the batching. Knows nothing of protocol rules (sessions.py)
 or of models. Invariants: only the network thread touches the ROUTER, only the engine thread touches the engine; a fault in one
-request never reaches another.
+request never reaches another; with keys, nothing reaches the engine from a key that is not authorised at that moment.
 """
 
 import contextlib
 import ipaddress
 import logging
 import queue
+import socket
 import threading
 import time
 from collections import deque
+from pathlib import Path
 
 import zmq
 
@@ -20,11 +22,12 @@ from specedge.config import SpecedgeError
 from specedge.engine.engine import Engine
 from specedge.engine.texts import UseError
 from specedge.net import wire
-from specedge.net.sessions import Reply, Sessions
+from specedge.net.auth import CURVE_EXTRA, Guard
+from specedge.net.sessions import Peer, Reply, Sessions
 
 log = logging.getLogger(__name__)
 INBOX = 256  # messages that may wait for the engine: of the largest size they are 16 MB
-Inbound = tuple[bytes, wire.Message | None]  # None: the peer is gone
+Inbound = tuple[Peer, wire.Message | None] | frozenset[str]  # None: the peer is gone; a set: users who may be here no more
 
 
 class ListenError(SpecedgeError):
@@ -44,19 +47,32 @@ def is_private(endpoint: str) -> bool:
         return False
 
 
+def address(endpoint: str) -> str:
+    """What an edge is told of an endpoint that was bound, without the key."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if host in ("0.0.0.0", "[::]"):  # all of this machine's addresses: its name is the best guess at what others call it
+        return f"specedge://{socket.gethostname()}:{port}"
+    return endpoint.replace("tcp://", "specedge://")
+
+
 class Server:
     """Serves `engine` on `listen` until `stop`, which must be called even if `start` never was. Binds at construction: `endpoint` then holds the
-    real address, and `address` what an Edge on this machine is given. Between `start` and `stop` nobody else can use the engine, which stays open.
-    Or use it as a context manager. Raises ListenError for an address that cannot be served on."""
+    real address, and `address` what an Edge is given. `keys`: a directory that `specedge-server keygen` made; only keys that are authorised there are
+    served, and all traffic is encrypted. Between `start` and `stop` nobody else can use the engine, which stays open. Or use it as a context
+    manager. Raises ListenError for an address that cannot be served on, AuthError for keys that cannot be used."""
 
-    def __init__(self, engine: Engine, listen: str = "tcp://127.0.0.1:0", *, model: bytes = b"", insecure: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, listen: str = "tcp://127.0.0.1:0", *, model: bytes = b"", keys: str | Path | None = None, insecure: bool = False
+    ) -> None:  # fmt: skip
         if not listen.startswith(("tcp://", "ipc://")):
             raise ListenError(f"{listen!r} is no address to listen on: write it as tcp://HOST:PORT")
         port = listen.rsplit(":", 1)[-1]
         if listen.startswith("tcp://") and not (port == "*" or (port.isdecimal() and int(port) < 65536)):  # libzmq takes it modulo 65536
             raise ListenError(f"cannot listen on {listen}: the port must be a number from 0 to 65535")
-        if not insecure and not is_private(listen):
-            raise ListenError(f"{listen} can be reached from other machines, and traffic is not encrypted: listen on 127.0.0.1, or pass --insecure")
+        if not (keys or insecure or is_private(listen)):
+            raise ListenError(
+                f"{listen} can be reached from other machines, and traffic is not encrypted: give --keys, listen on 127.0.0.1, or pass --insecure"
+            )
         self._sessions = Sessions(engine, model)
         self._engine = engine
         self._inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
@@ -65,8 +81,19 @@ class Server:
         self._stopping, self._silent = threading.Event(), threading.Event()  # end the engine's thread, then the network's
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
+        self._guard: Guard | None = None
+        if keys:
+            try:
+                self._guard = Guard(self._context, Path(keys))
+            except BaseException:
+                self._context.destroy(linger=0)
+                raise
+            self._router.curve_server, self._router.curve_secretkey = True, self._guard.keys.secret
+            self._router.zap_domain = b"specedge"
+            self._router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without it a guard that is gone would mean that anybody may come in (measured)
+        most = wire.SIZES[-1] + (CURVE_EXTRA if keys else 0)
         for option, value in (
-            (zmq.LINGER, 500), (zmq.MAXMSGSIZE, wire.SIZES[-1]), (zmq.ROUTER_MANDATORY, 1), (zmq.SNDHWM, 2048), (zmq.RCVHWM, 64),
+            (zmq.LINGER, 500), (zmq.MAXMSGSIZE, most), (zmq.ROUTER_MANDATORY, 1), (zmq.SNDHWM, 2048), (zmq.RCVHWM, 64),
             (zmq.HANDSHAKE_IVL, 5000), (zmq.HEARTBEAT_IVL, 5000), (zmq.HEARTBEAT_TIMEOUT, 15000), (zmq.HEARTBEAT_TTL, 20000), (zmq.BACKLOG, 512),
             (zmq.IPV6, "[" in listen),
         ):  # fmt: skip
@@ -77,7 +104,7 @@ class Server:
             self._context.destroy(linger=0)
             raise ListenError(f"cannot listen on {listen}: {e.strerror}") from None
         self.endpoint: str = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
-        self.address = self.endpoint.replace("tcp://", "specedge://")
+        self.address = address(self.endpoint) + (f"/?key={self._guard.keys.public}" if self._guard else "")
         self._engine_thread = threading.Thread(target=self._engine_loop, name="specedge-engine")
         self._network_thread = threading.Thread(target=self._network_loop, name="specedge-network")
 
@@ -86,6 +113,8 @@ class Server:
         self._engine_thread.start()
         if (refused := self._started.get()) is not None:
             raise refused
+        if self._guard:
+            self._guard.start()
         self._network_thread.start()
 
     def stop(self, drain: float = 0.0, hurry: threading.Event | None = None) -> None:
@@ -98,6 +127,8 @@ class Server:
             event.set()
             if thread.ident is not None:
                 thread.join()
+        if self._guard:
+            self._guard.stop()
         self._context.destroy(linger=500)
 
     def close(self) -> None:
@@ -106,7 +137,7 @@ class Server:
 
     @property
     def alive(self) -> bool:
-        """Whether both threads run."""
+        """Whether all threads run."""
         return self._engine_thread.is_alive() and self._network_thread.is_alive()
 
     def __enter__(self) -> "Server":
@@ -156,7 +187,11 @@ class Server:
         replies: list[Reply] = []
         try:
             for i in range(INBOX):
-                peer, message = self._inbox.get(timeout=0.1) if idle and i == 0 else self._inbox.get_nowait()
+                item = self._inbox.get(timeout=0.1) if idle and i == 0 else self._inbox.get_nowait()
+                if isinstance(item, frozenset):
+                    replies += self._sessions.revoke(item)
+                    continue
+                peer, message = item
                 if message is None:
                     self._sessions.forget(peer)
                 else:
@@ -184,7 +219,11 @@ class Server:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(wake, zmq.POLLIN)
-        while not self._silent.is_set():
+        seen = self._guard.users if self._guard else {}
+        while not self._silent.is_set() and (self._guard is None or self._guard.alive):  # whoever watches `alive` ends the rest
+            if self._guard and self._guard.users is not seen:
+                before, seen = seen, self._guard.users
+                self._inbox.put(frozenset(before.keys() - seen.keys()))
             # an engine that is behind leaves the rest to ZeroMQ, whose queues are bounded too
             poller.modify(self._router, zmq.POLLIN if self._inbox.qsize() < INBOX else 0)
             ready = dict(poller.poll(100))
@@ -199,25 +238,28 @@ class Server:
         wake.close(linger=0)
         self._router.close()
 
-    def _send(self, peer: bytes, message: wire.Message) -> None:
+    def _send(self, peer: Peer, message: wire.Message) -> None:
         try:
-            self._router.send_multipart([peer, wire.encode(message)], zmq.NOBLOCK)
+            self._router.send_multipart([peer.route, wire.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError:  # gone, or it does not read: its sessions end, nobody waits for it
             self._inbox.put((peer, None))
 
     def _receive(self) -> None:
         for _ in range(64):  # then look at the outbox again
             try:
-                peer, *body = self._router.recv_multipart(zmq.NOBLOCK)
+                route, *body = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            peer = Peer(route.bytes, str(body[0].get("User-Id")) if self._guard else "")
+            if self._guard and peer.user not in self._guard.users:
+                continue  # a key that was revoked; ROUTER cannot close its connection
             if len(body) != 1:
                 self._refuse(peer, f"a message of {len(body)} frames; one is allowed")
                 continue
             try:
-                self._inbox.put((peer, wire.decode(body[0])))
+                self._inbox.put((peer, wire.decode(body[0].bytes)))
             except wire.WireError as e:
                 self._refuse(peer, str(e))
 
-    def _refuse(self, peer: bytes, why: str) -> None:
+    def _refuse(self, peer: Peer, why: str) -> None:
         self._send(peer, wire.Error(wire.NO_SESSION, "frame", why[:300]))

@@ -6,7 +6,9 @@ often it is sent; an error ends the session that it names and touches no other. 
 """
 
 import logging
+from collections.abc import Set
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from specedge import __version__
 from specedge.engine import request
@@ -19,7 +21,16 @@ from specedge.tree import MAX_NODES, TreeError
 
 log = logging.getLogger(__name__)
 SURVIVABLE = ("round", "base")  # errors that leave their session as it was
-Reply = tuple[bytes, Message]  # (peer, message)
+
+
+class Peer(NamedTuple):
+    """One connection: the name that ROUTER gave it, and the public key that it has proven to hold, "" without keys."""
+
+    route: bytes
+    user: str = ""
+
+
+Reply = tuple[Peer, Message]
 
 
 class Refused(Exception):
@@ -34,7 +45,7 @@ class Refused(Exception):
 class Remote:
     """A session of one edge."""
 
-    peer: bytes
+    peer: Peer
     opened: wire.Open
     heard: float  # when it last said something
     tokens: list[int]  # what has come of its known tokens
@@ -54,8 +65,8 @@ class Sessions:
     max_sessions: int = 256
     lease: float = 600.0
     draining: bool = False
-    _peers: dict[bytes, float] = field(default_factory=dict)  # who has said HELLO, and when it was last heard
-    _table: dict[tuple[bytes, bytes], Remote] = field(default_factory=dict)
+    _peers: dict[Peer, float] = field(default_factory=dict)  # who has said HELLO, and when it was last heard
+    _table: dict[tuple[Peer, bytes], Remote] = field(default_factory=dict)
     _owner: dict[request.Sequence, Remote] = field(default_factory=dict)
 
     @property
@@ -65,7 +76,7 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._table)
 
-    def handle(self, peer: bytes, message: Message, now: float) -> list[Reply]:
+    def handle(self, peer: Peer, message: Message, now: float) -> list[Reply]:
         """Take one message of `peer`; `now` in seconds of any steady clock."""
         session = getattr(message, "session", wire.NO_SESSION)
         try:
@@ -97,7 +108,16 @@ class Sessions:
         busy = {peer for peer, _ in self._table}
         self._peers = {p: heard for p, heard in self._peers.items() if p in busy or now - heard <= self.lease}
 
-    def forget(self, peer: bytes) -> None:
+    def revoke(self, users: Set[str]) -> list[Reply]:
+        """End every session of keys that are authorised no more, and forget their connections, telling both why."""
+        text = "this key is not authorised any more, it was revoked or has expired: ask the operator of the server"
+        told: list[Reply] = [(peer, Error(session, "key", text)) for peer, session in self._table if peer.user in users]
+        for peer in [p for p in self._peers if p.user in users]:
+            told.append((peer, Error(wire.NO_SESSION, "key", text)))
+            self.forget(peer)
+        return told
+
+    def forget(self, peer: Peer) -> None:
         """Close all sessions of a peer that is gone."""
         self._peers.pop(peer, None)
         for key in [k for k in self._table if k[0] == peer]:
@@ -105,7 +125,7 @@ class Sessions:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _dispatch(self, peer: bytes, message: Message, now: float) -> list[Message]:
+    def _dispatch(self, peer: Peer, message: Message, now: float) -> list[Message]:
         if isinstance(message, wire.Hello):
             return [self._hello(peer, message, now)]
         if peer not in self._peers:
@@ -125,7 +145,7 @@ class Sessions:
         remote.heard = now
         return self._prompt(remote, message) if isinstance(message, wire.Prompt) else self._draft(remote, message, now)
 
-    def _hello(self, peer: bytes, m: wire.Hello, now: float) -> Message:
+    def _hello(self, peer: Peer, m: wire.Hello, now: float) -> Message:
         tokenizer = self.engine.tokenizer.digest() if self.engine.tokenizer else b""
         if m.tokenizer and tokenizer and m.tokenizer != tokenizer:
             raise Refused("tokenizer", "the draft's tokenizer is not the target's: use a draft with the same vocabulary, or none")
@@ -134,7 +154,7 @@ class Sessions:
         build = f"specedge {__version__}"
         return wire.Welcome(build, self.model, tokenizer, self.engine.vocab, list(self.engine.eos_ids), limits, int(self.lease * 1000))
 
-    def _open(self, peer: bytes, m: wire.Open, now: float) -> list[Message]:
+    def _open(self, peer: Peer, m: wire.Open, now: float) -> list[Message]:
         if self.draining:
             raise Refused("draining", "this server is shutting down: connect to another one")
         key = (peer, m.session)
@@ -166,7 +186,8 @@ class Sessions:
         o = r.opened
         try:
             params = unpack_sampling(o.sampling, o.max_tokens)
-            r.sequence = self.engine.open(r.tokens, params, o.prompt_len, frozenset(o.stop_ids), r.peer)
+            salt = r.peer.user.encode() or r.peer.route  # what one key has computed serves its other connections too, and nobody else's
+            r.sequence = self.engine.open(r.tokens, params, o.prompt_len, frozenset(o.stop_ids), salt)
         except RequestError as e:
             raise Refused("length", str(e)) from None
         except ValueError as e:
@@ -236,7 +257,7 @@ class Sessions:
             raise Refused("token", f"token {int(ids.max())} is outside the vocabulary of {self.engine.vocab}")
         return [int(i) for i in ids]
 
-    def _drop(self, key: tuple[bytes, bytes]) -> None:
+    def _drop(self, key: tuple[Peer, bytes]) -> None:
         remote = self._table.pop(key, None)
         if remote is not None and remote.sequence is not None:
             self._owner.pop(remote.sequence, None)

@@ -24,6 +24,7 @@ from specedge.net import wire
 from specedge.net.client import ServerError
 from specedge.net.edge import Edge
 from specedge.net.server import ListenError, Server, is_private
+from specedge.net.sessions import Peer
 from specedge.net.wire import Cancel, Close, Draft, Error, Hello, Message, Open, Opened, Prompt, Verdict, Welcome, encode, pack_ids, unpack_ids
 from tests.helpers import TINY, check_empty, drafter, engine, random_model
 
@@ -342,7 +343,7 @@ def test_a_flood_does_not_stop_the_steps(model: Path, monkeypatch: pytest.Monkey
     flooded = Server(engine(model))
     served = 0
 
-    def handle(peer: bytes, message: Message, now: float) -> list[tuple[bytes, Message]]:
+    def handle(peer: Peer, message: Message, now: float) -> list[tuple[Peer, Message]]:
         nonlocal served
         served += 1
         if served < 20_000:
@@ -352,7 +353,7 @@ def test_a_flood_does_not_stop_the_steps(model: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(type(flooded._sessions), "handle", lambda self, *rest: handle(*rest))
     try:
         for _ in range(3):
-            flooded._inbox.put((b"peer", Hello("raw", b"")))
+            flooded._inbox.put((Peer(b"peer"), Hello("raw", b"")))
         flooded._apply(idle=False)
         assert served < 20_000
     finally:
@@ -475,7 +476,7 @@ def test_the_endpoint_is_the_real_one(server: Server) -> None:
 @pytest.mark.parametrize("endpoint", ["tcp://0.0.0.0:0", "tcp://*:0", "tcp://[::]:0", "tcp://192.0.2.1:7000", "tcp://example.org:7000", "tcp://:7000"])
 def test_other_machines_are_kept_out(oracle: Engine, endpoint: str) -> None:
     """The sentence names the address and both remedies; nothing was bound."""
-    with pytest.raises(ListenError, match="listen on 127.0.0.1, or pass --insecure") as e:
+    with pytest.raises(ListenError, match="give --keys, listen on 127.0.0.1, or pass --insecure") as e:
         Server(oracle, endpoint).stop()
     assert str(e.value).startswith(endpoint)
 

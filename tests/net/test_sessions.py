@@ -17,14 +17,15 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from specedge.config import SamplingParams
 from specedge.engine.engine import Engine
+from specedge.engine.pages import PageTable
 from specedge.net import wire
-from specedge.net.sessions import Sessions
+from specedge.net.sessions import Peer, Sessions
 from specedge.net.wire import Cancel, Close, Draft, Error, Hello, Message, Open, Opened, Prompt, Verdict, Welcome, pack_ids, unpack_ids
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree, make_tree
 from tests.helpers import TINY, check_empty, engine, random_model
 
-ADA, BOB = b"\0ada!", b"\0bob!"  # peers
+ADA, BOB = Peer(b"\0ada!"), Peer(b"\0bob!")
 X, Y, Z = (bytes([i]) * 16 for i in (1, 2, 3))  # sessions
 MODEL, NONE = b"m" * 32, wire.NO_SESSION
 VOCAB = TINY["vocab_size"]
@@ -54,7 +55,7 @@ class Desk:
     trees: dict[bytes, TokenTree] = field(default_factory=dict)
     known: ClassVar[dict[str, list[int]]] = {}
 
-    def say(self, message: Message, peer: bytes = ADA) -> list[Message]:
+    def say(self, message: Message, peer: Peer = ADA) -> list[Message]:
         replies = self.sessions.handle(peer, message, self.now)
         assert {p for p, _ in replies} <= {peer}, "an answer went to somebody else"
         for _, reply in replies:
@@ -62,24 +63,24 @@ class Desk:
             assert not isinstance(reply, Error) or 10 < len(reply.text) <= 300
         return [m for _, m in replies]
 
-    def hello(self, *peers: bytes) -> None:
+    def hello(self, *peers: Peer) -> None:
         for peer in peers:
             assert [type(m) for m in self.say(Hello("test", b""), peer)] == [Welcome]
 
-    def open(self, session: bytes = X, tokens: list[int] = PROMPT, peer: bytes = ADA, **changes: object) -> None:
+    def open(self, session: bytes = X, tokens: list[int] = PROMPT, peer: Peer = ADA, **changes: object) -> None:
         """Open a session and see it opened; its tokens are PROMPT and its text 12 tokens long unless told otherwise."""
         assert self.say(opening(session, tokens, **changes), peer) == [Opened(session, len(tokens))]
         self.texts[session] = list(tokens)
 
     def draft(
-        self, session: bytes = X, number: int = 1, tree: TokenTree = EMPTY, *, base: int = -1, until: int = 0, peer: bytes = ADA
+        self, session: bytes = X, number: int = 1, tree: TokenTree = EMPTY, *, base: int = -1, until: int = 0, peer: Peer = ADA
     ) -> list[Message]:  # fmt: skip
         """Send a round, on the end of the text unless told otherwise."""
         self.trees[session] = tree
         base = len(self.texts[session]) if base < 0 else base
         return self.say(Draft(session, number, base, pack_ids(tree.tokens), tree.parents.tobytes(), until), peer)
 
-    def step(self) -> list[tuple[bytes, Message]]:
+    def step(self) -> list[tuple[Peer, Message]]:
         return self.sessions.verdicts(self.engine.step(), self.now, 0.0)
 
     def run(self) -> list[Verdict]:
@@ -98,7 +99,7 @@ class Desk:
         tree = self.trees[m.session]
         text += [int(tree.tokens[r - 1]) for r in tree.path(m.row)] + unpack_ids(m.tokens).tolist()
 
-    def finish(self, session: bytes = X, number: int = 1, peer: bytes = ADA) -> list[int]:
+    def finish(self, session: bytes = X, number: int = 1, peer: Peer = ADA) -> list[int]:
         """Run a session alone to its end; returns its output."""
         known = len(self.texts[session])
         assert self.draft(session, number, until=CONTEXT, peer=peer) == []
@@ -643,7 +644,41 @@ def test_a_peer_that_is_gone(desk: Desk) -> None:
     assert desk.finish(X, peer=BOB) == desk.ids()
     desk.sessions.forget(BOB)
     check_empty(desk.engine)
-    desk.sessions.forget(b"nobody")
+    desk.sessions.forget(Peer(b"nobody"))
+
+
+def test_a_key_that_is_revoked(desk: Desk) -> None:
+    """Whatever it has open, on all its connections; each is told for every session and once for itself, and is a stranger from then on."""
+    one, two, other = Peer(b"1", "ann"), Peer(b"2", "ann"), Peer(b"3", "bob")
+    desk.hello(one, two, other)
+    desk.open(X, peer=one)
+    desk.open(Y, peer=one)
+    desk.open(X, peer=other)
+    desk.draft(X, 1, until=CONTEXT, peer=one)
+    told = [(peer, m.session, m.code) for peer, m in desk.sessions.revoke({"ann", "eve"}) if isinstance(m, Error)]
+    assert sorted(told) == sorted([(one, X, "key"), (one, Y, "key"), (one, NONE, "key"), (two, NONE, "key")])
+    assert desk.sessions.revoke({"ann"}) == [] and len(desk.sessions) == 1
+    refused(desk.say(drafting(X, 2), one), "hello", X, 2)
+    assert desk.finish(X, peer=other) == desk.ids()
+    desk.sessions.forget(other)
+
+
+def test_a_key_shares_what_it_has_computed_with_itself(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of a prompt that one connection left serve another of the same key, and nobody else."""
+    tokens, shared, begin = [i % VOCAB for i in range(40)], [], desk.engine.pool.open
+
+    def spy(tokens: list[int], salt: bytes) -> tuple[PageTable, int]:
+        table, found = begin(tokens, salt)
+        shared.append(found)
+        return table, found
+
+    monkeypatch.setattr(desk.engine.pool, "open", spy)
+    for peer in (Peer(b"1", "ann"), Peer(b"2", "ann"), Peer(b"2", "bob"), Peer(b"2"), Peer(b"3")):
+        desk.hello(peer)
+        desk.open(X, tokens, peer)
+        assert desk.finish(X, 1, peer) == desk.ids(tokens)
+        desk.say(Close(X), peer)
+    assert shared == [0, 32, 0, 0, 0]
 
 
 def test_sessions_belong_to_their_peer(desk: Desk) -> None:
@@ -766,7 +801,7 @@ class Client:
     """One text of an edge, with the rules of docs/protocol.md; `up` and `down` are messages on their way."""
 
     id: bytes
-    peer: bytes
+    peer: Peer
     text: list[int]
     goal: list[int]  # the whole text, as the target alone gives it
     round: int = 0
@@ -819,7 +854,7 @@ class Machine(RuleBasedStateMachine):
         target=clients, length=st.sampled_from([1, 6, 60]), seed=st.sampled_from([0, 5, 2**64 - 1]), most=st.sampled_from([1, 9, 30]),
         piece=st.sampled_from([4, 70]), peer=st.sampled_from([ADA, BOB]), known=st.sampled_from([0, 3]),
     )  # fmt: skip
-    def open(self, length: int, seed: int, most: int, piece: int, peer: bytes, known: int) -> Client:
+    def open(self, length: int, seed: int, most: int, piece: int, peer: Peer, known: int) -> Client:
         sampling = wire.Sampling(0.8 if seed else 0.0, seed)
         goal = self.prompt(length) + self.desk.ids(self.prompt(length), sampling, most)
         tokens = goal[: length + min(known, most - 1)]
