@@ -11,28 +11,29 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from specedge import __version__
+from specedge import __version__, settings
 from specedge.config import DraftConfig, EngineConfig, SamplingParams, SpecedgeError
 
 DEMO = Path(__file__).parent / "demo"
 LONG_PROMPT = 1024  # tokens that a server reads for so long that its user is told
 DRAIN = 30.0  # seconds that SIGTERM gives to the open sessions
+SWITCH = argparse.BooleanOptionalAction  # so that a flag can also turn off what a file turned on
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _main(parser: argparse.ArgumentParser) -> NoReturn:
+def _main(parser: argparse.ArgumentParser, commands: Iterable[argparse.ArgumentParser]) -> NoReturn:
     """Run the chosen command, turning its failures into a sentence and a status."""
     warnings.showwarning = lambda message, *_: _say(f"{parser.prog}: {message}")
-    args = parser.parse_args()
-    run: Callable[[argparse.Namespace], int] = args.run
     try:
+        args = settings.parse(parser, commands)
+        run: Callable[[argparse.Namespace], int] = args.run
         status = run(args)
         sys.stdout.flush()
         sys.exit(status)
@@ -65,14 +66,15 @@ def server() -> NoReturn:
     s = commands.add_parser("serve", help="serve a model to edges", description="Serve a model. Prints ready tcp://HOST:PORT when it listens.")
     s.add_argument("model", nargs="?", help="directory of the model in Hugging Face format, or a hub id")
     s.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-    s.add_argument("--demo", action="store_true", help="serve the small model that comes with specedge")
+    s.add_argument("--demo", action=SWITCH, default=False, help="serve the small model that comes with specedge")
     s.add_argument("--listen", default="tcp://127.0.0.1:0", metavar="ENDPOINT", help="address; port 0 takes a free one (default: %(default)s)")
     s.add_argument("--max-rows", type=int, default=512, metavar="N", help="rows of one forward pass (default: %(default)s)")
     s.add_argument("--kv-tokens", type=int, default=16384, metavar="N", help="tokens whose keys and values are kept (default: %(default)s)")
-    s.add_argument("--insecure", action="store_true", help="allow addresses that other machines reach, without encryption")
+    s.add_argument("--insecure", action=SWITCH, default=False, help="allow addresses that other machines reach, without encryption")
     _device_arguments(s)
+    settings.add_arguments(s, "server")
     s.set_defaults(run=_serve)
-    _main(p)
+    _main(p, commands.choices.values())
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -116,9 +118,10 @@ def edge() -> NoReturn:
     commands = p.add_subparsers(required=True, metavar="COMMAND")
     g = commands.add_parser("generate", help="complete a prompt", description="Complete a prompt: text to stdout, the rest to stderr.")
     g.add_argument("--server", required=True, metavar="specedge://HOST:PORT", help="the server that verifies")
-    g.add_argument("--draft", metavar="MODEL", help="directory or hub id of the draft model; it must share the server's tokenizer")
-    g.add_argument("--no-draft", action="store_true", help="draft nothing: the server decodes alone and streams")
-    g.add_argument("--demo", action="store_true", help="use the small draft that comes with specedge")
+    drafting = g.add_mutually_exclusive_group()
+    drafting.add_argument("--draft", metavar="MODEL", help="directory or hub id of the draft model; it must share the server's tokenizer")
+    drafting.add_argument("--no-draft", dest="draft", action="store_const", const="", help="draft nothing: the server decodes alone and streams")
+    g.add_argument("--demo", action=SWITCH, default=False, help="use the small draft that comes with specedge")
     g.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory of tokenizer.json (default: the draft's)")
     g.add_argument("--prompt", required=True, metavar="TEXT|-", help="the text to complete, raw; - reads standard input")
     g.add_argument("--max-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (default: %(default)s)")
@@ -131,29 +134,30 @@ def edge() -> NoReturn:
     g.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same for every time they occur (default: off)")
     g.add_argument("--min-tokens", type=int, default=0, metavar="N", help="stop ids cannot end the text before (default: %(default)s)")
     g.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a string that ends the text; may be given several times")
-    g.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end of text")
+    g.add_argument("--ignore-eos", action=SWITCH, default=False, help="do not stop at the model's end of text")
     g.add_argument("--seed", type=int, metavar="S", help="repeats a sampled text (default: a random one, which is reported)")
     g.add_argument("--tree-size", type=int, default=31, metavar="N", help="nodes drafted per round (default: %(default)s)")
-    g.add_argument("--no-proactive", action="store_true", help="do not draft while a verdict is in flight")
-    g.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
-    g.add_argument("--echo", action="store_true", help="with --json: stream the text to standard error meanwhile")
+    g.add_argument("--proactive", action=SWITCH, default=True, help="draft while a verdict is in flight")
+    g.add_argument("--json", action=SWITCH, default=False, help="print one JSON object instead of the text")
+    g.add_argument("--echo", action=SWITCH, default=False, help="with --json: stream the text to standard error meanwhile")
     _device_arguments(g)
+    settings.add_arguments(g, "edge")
     g.set_defaults(run=_generate)
-    _main(p)
+    _main(p, commands.choices.values())
 
 
 def _generate(args: argparse.Namespace) -> int:
     from specedge.net.edge import Edge
 
-    if sum((args.demo, args.draft is not None, args.no_draft)) != 1 and not (args.demo and args.no_draft and args.draft is None):
+    if args.draft if args.demo else args.draft is None:
         raise SpecedgeError("say how to draft: --draft MODEL, --no-draft or --demo")
-    draft = None if args.no_draft else DEMO / "draft" if args.demo else args.draft
+    draft = DEMO / "draft" if args.draft is None else args.draft or None
     tokenizer = args.tokenizer or (DEMO / "draft" if args.demo else None)
     if draft is None and tokenizer is None:
         raise SpecedgeError("without a draft the tokenizer must be named: --tokenizer DIR")
     names = [f.name for f in dataclasses.fields(SamplingParams) if hasattr(args, f.name)]
     params = SamplingParams(**{name: getattr(args, name) for name in names}).with_seed()
-    config = DraftConfig(tree_size=args.tree_size, proactive=not args.no_proactive, max_sessions=1)
+    config = DraftConfig(tree_size=args.tree_size, proactive=args.proactive, max_sessions=1)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     out = None if args.json and not args.echo else sys.stderr if args.json else sys.stdout
     with Edge(

@@ -305,7 +305,7 @@ EDGE: list[tuple[list[str], str]] = [  # {target}, {draft}, {other}, {address}, 
     (["--prompt", ""], "the prompt holds no tokens, at least one is needed"),
     (["--draft", "{target}/nothing"], "nothing is no directory and no hub id such as owner/name"),
     (["--draft", "{other}"], "refuses: the draft's tokenizer is not the target's: use a draft with the same vocabulary, or none"),
-    (["--no-draft"], "say how to draft: --draft MODEL, --no-draft or --demo"),
+    (["--demo"], "say how to draft: --draft MODEL, --no-draft or --demo"),
 ]
 
 
@@ -338,6 +338,7 @@ def test_without_a_draft_the_tokenizer_is_named(house: House, run: Runner) -> No
         ("edge", ["generate", "--prompt", "x"], "the following arguments are required: --server"),
         ("edge", ["generate", "--server", "specedge://127.0.0.1:1"], "the following arguments are required: --prompt"),
         ("edge", ["generate", "--server", "x", "--prompt", "x", "--max-tokens", "many"], "argument --max-tokens: invalid int value: 'many'"),
+        ("edge", ["generate", "--draft", "x", "--no-draft"], "argument --no-draft: not allowed with argument --draft"),
         ("edge", [], "the following arguments are required: COMMAND"),
         ("server", ["serve", "--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         ("server", ["fly"], "invalid choice: 'fly'"),
@@ -421,8 +422,8 @@ def test_a_server_whose_thread_dies(models: House, run: Runner, monkeypatch: pyt
 def test_failures_of_the_server(house: House, run: Runner) -> None:
     serve = ("serve", house.target, "--device", "cpu")
     for address in ("tcp://0.0.0.0:0", "tcp://*:0"):
-        failed(run("server", *serve, "--listen", address), f"{re.escape(address)} can be reached from other machines.*or pass --insecure")
-    taken = house.ready.removeprefix("ready ").strip()
+        failed(run("server", *serve, "--listen", address), f"{re.escape(address)} can be reached from other machines.*--keys, .* or pass --insecure")
+    taken = house.address.replace("specedge://", "tcp://")
     failed(run("server", *serve, "--listen", taken), f"cannot listen on {taken}: Address already in use")
     failed(run("server", "serve"), "name one model: a directory, or --demo")
     failed(run("server", *serve, "--demo"), "name one model: a directory, or --demo")

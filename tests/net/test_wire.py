@@ -2,7 +2,7 @@
 
 `golden/1.0/*.hex` are frames that have been on the network: they are never made anew, a change that breaks them is a new version. The
 tables below (MESSAGES, KINDS) repeat the protocol by hand, so that a changed bound or order of fields in wire.py fails here.
-SPECEDGE_FUZZ sets the number of fuzzed frames.
+FUZZ_FRAMES sets the number of fuzzed frames.
 """
 
 import os
@@ -47,7 +47,7 @@ from specedge.tree import TreeError
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden" / "1.0"
-FUZZ = int(os.environ.get("SPECEDGE_FUZZ", "20000"))
+FUZZ = int(os.environ.get("FUZZ_FRAMES", "20000"))
 SIZES = (512, 2048, 65536)
 SID = bytes(range(0xA0, 0xB0))
 pack = msgspec.msgpack.encode
