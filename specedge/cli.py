@@ -63,17 +63,33 @@ def server() -> NoReturn:
     p = argparse.ArgumentParser("specedge-server", description="Verify the drafts of many edges with one large model.")
     p.add_argument("--version", action="version", version=f"specedge {__version__}")
     commands = p.add_subparsers(required=True, metavar="COMMAND")
-    s = commands.add_parser("serve", help="serve a model to edges", description="Serve a model. Prints ready tcp://HOST:PORT when it listens.")
+    s = commands.add_parser("serve", help="serve a model to edges", description="Serve a model. Prints ready ADDRESS when it listens.")
     s.add_argument("model", nargs="?", help="directory of the model in Hugging Face format, or a hub id")
     s.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     s.add_argument("--demo", action=SWITCH, default=False, help="serve the small model that comes with specedge")
     s.add_argument("--listen", default="tcp://127.0.0.1:0", metavar="ENDPOINT", help="address; port 0 takes a free one (default: %(default)s)")
     s.add_argument("--max-rows", type=int, default=512, metavar="N", help="rows of one forward pass (default: %(default)s)")
     s.add_argument("--kv-tokens", type=int, default=16384, metavar="N", help="tokens whose keys and values are kept (default: %(default)s)")
+    s.add_argument("--keys", type=Path, metavar="DIR", help="encrypt, and serve only keys that are authorised in this directory (see keygen)")
     s.add_argument("--insecure", action=SWITCH, default=False, help="allow addresses that other machines reach, without encryption")
     _device_arguments(s)
     settings.add_arguments(s, "server")
     s.set_defaults(run=_serve)
+    k = commands.add_parser("keygen", help="make the key of a server", description="Make a directory with a secret key. Prints the public one.")
+    k.add_argument("directory", type=Path, metavar="DIR", help="for the key, and later for the list of authorised keys")
+    k.set_defaults(run=_server_keygen)
+    a = commands.add_parser("authorize", help="let a key use a server", description="Add a key to a server's list, or change what it may.")
+    a.add_argument("directory", type=Path, metavar="DIR", help="the directory that keygen made")
+    a.add_argument("key", metavar="PUBLIC_KEY", help="as `specedge-edge keygen` printed it")
+    a.add_argument("--name", required=True, help="whose it is: letters, digits, any of . _ @ -")
+    a.add_argument("--sessions", metavar="N", help="texts at a time (kept in the list, not yet enforced)")
+    a.add_argument("--kv-tokens", metavar="N", help="tokens of all its texts together (kept in the list, not yet enforced)")
+    a.add_argument("--expires", metavar="DATE", help="when it ends, such as 2030-12-31 or 2030-12-31T18:00 (UTC; default: never)")
+    a.set_defaults(run=_authorize)
+    r = commands.add_parser("revoke", help="let a key use a server no more", description="Take a key from a server's list; what it has open ends.")
+    r.add_argument("directory", type=Path, metavar="DIR", help="the directory that keygen made")
+    r.add_argument("who", metavar="NAME|PUBLIC_KEY", help="as in the list")
+    r.set_defaults(run=_revoke)
     _main(p, commands.choices.values())
 
 
@@ -89,14 +105,14 @@ def _serve(args: argparse.Namespace) -> int:
     sizes = EngineConfig(kv_tokens=args.kv_tokens, max_rows=args.max_rows)
     engine = Engine.from_pretrained(path, device=args.device, dtype=args.dtype, sizes=sizes, progress=sys.stderr.isatty())
     model = fingerprint(path, engine.runner.dtype, engine.runner.model.weights.bits)
-    serving = Server(engine, args.listen, model=model, insecure=args.insecure)
+    serving = Server(engine, args.listen, model=model, keys=args.keys, insecure=args.insecure)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    if not is_private(serving.endpoint):
+    if not args.keys and not is_private(serving.endpoint):
         _say("specedge-server: warning: other machines can reach this address, and nothing is encrypted or authenticated")
     serving.start()
-    print(f"ready {serving.endpoint}", flush=True)
+    print(f"ready {serving.address}", flush=True)
     while not stop.wait(1.0):
         if not serving.alive:
             serving.stop()
@@ -104,6 +120,31 @@ def _serve(args: argparse.Namespace) -> int:
     stop.clear()
     _say("specedge-server: draining; a second signal ends it at once")
     serving.stop(DRAIN, hurry=stop)
+    return 0
+
+
+def _server_keygen(args: argparse.Namespace) -> int:
+    from specedge.net.auth import SECRET, generate
+
+    print(generate(args.directory / SECRET))
+    _say(f"specedge-server: the secret key is in {args.directory / SECRET}; next: specedge-server authorize {args.directory} PUBLIC_KEY --name NAME")
+    return 0
+
+
+def _authorize(args: argparse.Namespace) -> int:
+    from specedge.net.auth import FIELDS, authorize
+
+    given = {name: getattr(args, name) for name in FIELDS}
+    authorize(args.directory, args.key, **{name: value for name, value in given.items() if value is not None})
+    _say(f"specedge-server: {args.name} is authorised, also at a server that runs")
+    return 0
+
+
+def _revoke(args: argparse.Namespace) -> int:
+    from specedge.net.auth import revoke
+
+    revoke(args.directory, args.who)
+    _say(f"specedge-server: {args.who} is revoked, also at a server that runs")
     return 0
 
 
@@ -117,7 +158,10 @@ def edge() -> NoReturn:
     p.add_argument("--version", action="version", version=f"specedge {__version__}")
     commands = p.add_subparsers(required=True, metavar="COMMAND")
     g = commands.add_parser("generate", help="complete a prompt", description="Complete a prompt: text to stdout, the rest to stderr.")
-    g.add_argument("--server", required=True, metavar="specedge://HOST:PORT", help="the server that verifies")
+    g.add_argument("--server", required=True, metavar="specedge://HOST:PORT/?key=...", help="the server that verifies, as it prints itself")
+    key = settings.home() / "edge.secret"
+    secret = "the secret key (default: ~/.config/specedge/edge.secret if it is there)"
+    g.add_argument("--key", type=Path, default=key if key.exists() else None, metavar="FILE", help=secret)
     drafting = g.add_mutually_exclusive_group()
     drafting.add_argument("--draft", metavar="MODEL", help="directory or hub id of the draft model; it must share the server's tokenizer")
     drafting.add_argument("--no-draft", dest="draft", action="store_const", const="", help="draft nothing: the server decodes alone and streams")
@@ -143,7 +187,18 @@ def edge() -> NoReturn:
     _device_arguments(g)
     settings.add_arguments(g, "edge")
     g.set_defaults(run=_generate)
+    k = commands.add_parser("keygen", help="make the key of this edge", description="Make a secret key. Prints the public one.")
+    k.add_argument("file", nargs="?", type=Path, default=key, metavar="FILE", help="where to write it (default: %(default)s)")
+    k.set_defaults(run=_edge_keygen)
     _main(p, commands.choices.values())
+
+
+def _edge_keygen(args: argparse.Namespace) -> int:
+    from specedge.net.auth import generate
+
+    print(public := generate(args.file))
+    _say(f"specedge-edge: the secret key is in {args.file}; its server's operator runs: specedge-server authorize DIR {public} --name NAME")
+    return 0
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -161,7 +216,7 @@ def _generate(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     out = None if args.json and not args.echo else sys.stderr if args.json else sys.stdout
     with Edge(
-        args.server, draft, tokenizer=tokenizer, config=config, device=args.device, dtype=args.dtype, progress=sys.stderr.isatty()
+        args.server, draft, tokenizer=tokenizer, key=args.key, config=config, device=args.device, dtype=args.dtype, progress=sys.stderr.isatty()
     ) as client:  # fmt: skip
         assert client.tokenizer is not None
         tokens, ids = client.tokenizer.encode(prompt), list[int]()

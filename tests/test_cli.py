@@ -74,7 +74,7 @@ class House:
 
     @property
     def address(self) -> str:
-        return self.ready.removeprefix("ready ").strip().replace("tcp://", "specedge://")
+        return self.ready.removeprefix("ready ").strip()
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def want(models: House) -> tuple[str, list[int]]:
 
 def test_ready(house: House) -> None:
     """One line, which names a port that can be connected to."""
-    match = re.fullmatch(r"ready tcp://127\.0\.0\.1:(\d+)\n", house.ready)
+    match = re.fullmatch(r"ready specedge://127\.0\.0\.1:(\d+)\n", house.ready)
     assert match
     socket.create_connection(("127.0.0.1", int(match[1])), PATIENCE).close()
 
@@ -150,7 +150,7 @@ def test_a_signal_ends_the_server(models: House, number: signal.Signals) -> None
     """Status 0, and nothing is open, so at once; nothing but the line that it is ready on standard output."""
     process = start("server", "serve", models.target, "--device", "cpu", "--listen", "tcp://127.0.0.1:0")
     try:
-        assert process.stdout is not None and process.stdout.readline().startswith(b"ready tcp://127.0.0.1:")
+        assert process.stdout is not None and process.stdout.readline().startswith(b"ready specedge://127.0.0.1:")
         process.send_signal(number)
         begun = time.monotonic()
         ended = end(process)

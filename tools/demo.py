@@ -1,4 +1,4 @@
-"""The demo: a server and an edge as two processes on this machine, then the target alone as the judge.
+"""The demo: a server and an edge as two processes on this machine, with fresh keys, then the target alone as the judge.
 
     make demo
 
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 PROMPT = "def fibonacci(n):"
@@ -29,8 +30,23 @@ print(json.dumps(done.token_ids))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+def make_keys(home: Path) -> None:
+    """Keys of a server in `home`, and one of an edge, home/edge.secret, that is authorised there."""
+    edge = subprocess.run([BIN / "specedge-edge", "keygen", home / "edge.secret"], check=True, capture_output=True, text=True)
+    for arguments in (["keygen", home], ["authorize", home, edge.stdout.strip(), "--name", "demo"]):
+        subprocess.run([BIN / "specedge-server", *arguments], check=True, capture_output=True)
+
+
 def main() -> int:
-    server = subprocess.Popen([BIN / "specedge-server", "serve", "--demo", "--device", "cpu"], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    with tempfile.TemporaryDirectory() as home:
+        make_keys(Path(home))
+        return show(Path(home))
+
+
+def show(home: Path) -> int:
+    """Run server, edge and judge; print what came of it."""
+    serve = [BIN / "specedge-server", "serve", "--demo", "--device", "cpu", "--keys", home]
+    server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     try:
         assert server.stdout is not None
         ready = server.stdout.readline().split()
@@ -39,7 +55,7 @@ def main() -> int:
             return 1
         print(f"server: {ready[1]}\nedge: {PROMPT!r}, temperature {TEMPERATURE}, seed {SEED}, {TOKENS} tokens\n")
         print(PROMPT, end="", flush=True)
-        command = [BIN / "specedge-edge", "generate", "--demo", "--server", ready[1].replace("tcp://", "specedge://"), "--prompt", PROMPT]
+        command = [BIN / "specedge-edge", "generate", "--demo", "--server", ready[1], "--key", home / "edge.secret", "--prompt", PROMPT]
         options = ["--max-tokens", TOKENS, "--temperature", TEMPERATURE, "--seed", SEED, "--device", "cpu", "--json", "--echo"]
         edge = subprocess.run([*command, *options], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
         if edge.returncode:
