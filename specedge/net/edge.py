@@ -85,6 +85,7 @@ class Edge:
         self._knock.setblocking(False)
         self._texts: dict[bytes, Text] = {}
         self._closing = False
+        self._failure: SpecedgeError | None = None  # why the worker ended, unless it was told to
         started: queue.SimpleQueue[wire.Welcome | BaseException] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run, args=(started,), name="specedge-edge", daemon=True)
         self._worker.start()
@@ -145,7 +146,7 @@ class Edge:
         if not all(isinstance(i, int) and 0 <= i < 2**32 for i in prompt):
             raise ServerError("the prompt holds something that is no token id")
         if self._closing:
-            raise ServerError("this edge is closed")
+            raise self._failure or ServerError("this edge is closed")
         assert params.seed is not None
         text = Text(list(prompt), len(prompt), params, Output(self.tokenizer, len(prompt), params.seed, params.stop))
         self._tell(text, True)
@@ -156,7 +157,7 @@ class Edge:
             try:
                 item = text.inbox.get(timeout=1.0)
             except queue.Empty:
-                if not self._worker.is_alive():
+                if not self._worker.is_alive() and text.inbox.empty():  # in this order: its last word may have come since
                     raise ServerError("this edge is closed") from None
                 continue
             if isinstance(item, SpecedgeError):
@@ -187,9 +188,9 @@ class Edge:
         try:
             self._loop()
         except Exception as e:
-            error = e if isinstance(e, SpecedgeError) else ServerError(f"the edge failed: {type(e).__name__}: {e}")
+            self._failure = e if isinstance(e, SpecedgeError) else ServerError(f"the edge failed: {type(e).__name__}: {e}")
             for text in list(self._texts.values()):
-                self._fail(text, error)
+                self._fail(text, self._failure)
         finally:
             self._closing = True
             with contextlib.suppress(ServerError):

@@ -229,6 +229,17 @@ def test_a_revoked_key_is_not_heard(oracle: Engine, server: Server, home: Path) 
         ann.send(wire.Close(X))
 
 
+def test_an_edge_that_rests_is_told_too(server: Server, home: Path) -> None:
+    """It had nothing open; what begins after that fails for the reason, and not because the edge is closed."""
+    with Edge(server.address, key=home / "ann") as edge:
+        assert edge.generate([PROMPT], SamplingParams(max_tokens=2))[0].token_ids
+        revoke(home, "ann")
+        until(lambda: edge._closing, "the word of the server")
+        for _ in range(2):
+            with pytest.raises(ServerError, match="the server refuses: this key is not authorised any more"):
+                edge.generate([PROMPT])
+
+
 def test_a_key_is_authorised_while_the_server_runs(oracle: Engine, server: Server, home: Path) -> None:
     """A handshake looks at the list as it is at that moment."""
     for _ in range(3):
