@@ -253,12 +253,12 @@ def _edit(directory: Path) -> Iterator[list[str]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the guard
+# the authenticator
 
 
-class Guard:
+class Authenticator:
     """Answers for all sockets of `context` whether a key may connect, in a thread of its own, after the list of the server in `directory`, which it
-    reads at every handshake and ten times a second. A thread that has died admits nobody more; whoever made the guard watches `alive`.
+    reads at every handshake and ten times a second. A thread that has died admits nobody more; whoever made it watches `alive`.
 
     `users`: the keys that are valid now, each with its grant; another mapping whenever the list or the time has changed it."""
 
@@ -272,7 +272,7 @@ class Guard:
         self._zap = context.socket(zmq.REP)
         self._zap.bind("inproc://zeromq.zap.01")
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="specedge-guard")
+        self._thread = threading.Thread(target=self._run, name="specedge-authenticator")
 
     def start(self) -> None:
         self._thread.start()
@@ -295,7 +295,7 @@ class Guard:
                 if asked:
                     self._answer()
         except Exception:
-            log.exception("the guard of the keys failed; nobody is admitted any more")
+            log.exception("the authenticator failed; nobody is admitted any more")
         finally:
             self._zap.close(linger=0)
 

@@ -22,7 +22,7 @@ from specedge.config import SpecedgeError
 from specedge.engine.engine import Engine
 from specedge.engine.texts import UseError
 from specedge.net import wire
-from specedge.net.auth import CURVE_EXTRA, Guard
+from specedge.net.auth import CURVE_EXTRA, Authenticator
 from specedge.net.sessions import Peer, Reply, Sessions
 
 log = logging.getLogger(__name__)
@@ -81,16 +81,16 @@ class Server:
         self._stopping, self._silent = threading.Event(), threading.Event()  # end the engine's thread, then the network's
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
-        self._guard: Guard | None = None
+        self._authenticator: Authenticator | None = None
         if keys:
             try:
-                self._guard = Guard(self._context, Path(keys))
+                self._authenticator = Authenticator(self._context, Path(keys))
             except BaseException:
                 self._context.destroy(linger=0)
                 raise
-            self._router.curve_server, self._router.curve_secretkey = True, self._guard.keys.secret
+            self._router.curve_server, self._router.curve_secretkey = True, self._authenticator.keys.secret
             self._router.zap_domain = b"specedge"
-            self._router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without it a guard that is gone would mean that anybody may come in (measured)
+            self._router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # else a dead authenticator would let anybody in (measured)
         most = wire.SIZES[-1] + (CURVE_EXTRA if keys else 0)
         for option, value in (
             (zmq.LINGER, 500), (zmq.MAXMSGSIZE, most), (zmq.ROUTER_MANDATORY, 1), (zmq.SNDHWM, 2048), (zmq.RCVHWM, 64),
@@ -104,7 +104,7 @@ class Server:
             self._context.destroy(linger=0)
             raise ListenError(f"cannot listen on {listen}: {e.strerror}") from None
         self.endpoint: str = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
-        self.address = address(self.endpoint) + (f"/?key={self._guard.keys.public}" if self._guard else "")
+        self.address = address(self.endpoint) + (f"/?key={self._authenticator.keys.public}" if self._authenticator else "")
         self._engine_thread = threading.Thread(target=self._engine_loop, name="specedge-engine")
         self._network_thread = threading.Thread(target=self._network_loop, name="specedge-network")
 
@@ -113,8 +113,8 @@ class Server:
         self._engine_thread.start()
         if (refused := self._started.get()) is not None:
             raise refused
-        if self._guard:
-            self._guard.start()
+        if self._authenticator:
+            self._authenticator.start()
         self._network_thread.start()
 
     def stop(self, drain: float = 0.0, hurry: threading.Event | None = None) -> None:
@@ -127,8 +127,8 @@ class Server:
             event.set()
             if thread.ident is not None:
                 thread.join()
-        if self._guard:
-            self._guard.stop()
+        if self._authenticator:
+            self._authenticator.stop()
         self._context.destroy(linger=500)
 
     def close(self) -> None:
@@ -219,10 +219,10 @@ class Server:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(wake, zmq.POLLIN)
-        seen = self._guard.users if self._guard else {}
-        while not self._silent.is_set() and (self._guard is None or self._guard.alive):  # whoever watches `alive` ends the rest
-            if self._guard and self._guard.users is not seen:
-                before, seen = seen, self._guard.users
+        seen = self._authenticator.users if self._authenticator else {}
+        while not self._silent.is_set() and (self._authenticator is None or self._authenticator.alive):  # whoever watches `alive` ends the rest
+            if self._authenticator and self._authenticator.users is not seen:
+                before, seen = seen, self._authenticator.users
                 self._inbox.put(frozenset(before.keys() - seen.keys()))
             # an engine that is behind leaves the rest to ZeroMQ, whose queues are bounded too
             poller.modify(self._router, zmq.POLLIN if self._inbox.qsize() < INBOX else 0)
@@ -250,8 +250,8 @@ class Server:
                 route, *body = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            peer = Peer(route.bytes, str(body[0].get("User-Id")) if self._guard else "")
-            if self._guard and peer.user not in self._guard.users:
+            peer = Peer(route.bytes, str(body[0].get("User-Id")) if self._authenticator else "")
+            if self._authenticator and peer.user not in self._authenticator.users:
                 continue  # a key that was revoked; ROUTER cannot close its connection
             if len(body) != 1:
                 self._refuse(peer, f"a message of {len(body)} frames; one is allowed")

@@ -1,6 +1,6 @@
 """Server and Edge with keys: who is authorised is served, encrypted and with the same ids; everybody else gets one sentence and nothing more.
 
-A revoked or expired key loses what it has open at once, others notice nothing, and a guard that fails admits nobody. Around a tiny random target.
+A revoked or expired key loses what it has open at once, others notice nothing, and a dead authenticator admits nobody. Around a tiny random target.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import zmq
 from specedge.config import DraftConfig, SamplingParams
 from specedge.engine.engine import Engine
 from specedge.net import auth, wire
-from specedge.net.auth import AuthError, Guard, authorize, generate, load, revoke
+from specedge.net.auth import Authenticator, AuthError, authorize, generate, load, revoke
 from specedge.net.client import Connection, ServerError
 from specedge.net.edge import Edge
 from specedge.net.server import Server
@@ -65,7 +65,7 @@ def serving(model: Path, home: Path, listen: str = "tcp://127.0.0.1:0") -> Itera
     with Server(target, listen, keys=home) as server:
         yield server
         until(lambda: len(server._sessions) == 0, "the end of all sessions")
-    assert threads() == before and server._guard and not server._guard.alive
+    assert threads() == before and server._authenticator and not server._authenticator.alive
     check_empty(target)
 
 
@@ -221,7 +221,7 @@ def test_a_revoked_key_is_not_heard(oracle: Engine, server: Server, home: Path) 
         assert bob.silent() and ann.socket.poll(200) == 0
         assert [p.user for p in server._sessions._peers] == [load(home / "bob").public]
         authorize(home, load(home / "ann").public, name="ann")
-        until(lambda: server._guard and len(server._guard.users) == 2, "the new list")
+        until(lambda: server._authenticator and len(server._authenticator.users) == 2, "the new list")
         ann.send(Hello("ann", b""))
         assert isinstance(ann.receive(), Welcome)
         ann.open()
@@ -247,35 +247,35 @@ def test_a_key_is_authorised_while_the_server_runs(oracle: Engine, server: Serve
         authorize(home, load(home / "eve").public, name="eve", sessions="2", kv_tokens="4096")
         with Edge(server.address, key=home / "eve") as edge:
             assert edge.generate([PROMPT], SamplingParams(max_tokens=12))[0].token_ids
-            assert server._guard and server._guard.users[load(home / "eve").public].kv_tokens == 4096
+            assert server._authenticator and server._authenticator.users[load(home / "eve").public].kv_tokens == 4096
         revoke(home, "eve")
 
 
 def test_a_list_that_cannot_be_read_stays(server: Server, home: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Said once. Whoever could exhaust the server's descriptors would otherwise end all sessions."""
-    path, guard = home / auth.LIST, server._guard
-    assert guard
+    path, authenticator = home / auth.LIST, server._authenticator
+    assert authenticator
     with Keyed(server, home / "ann") as ann, caplog.at_level(logging.ERROR, "specedge.net.auth"):
         path.chmod(0o666)
         until(lambda: caplog.records, "a complaint")
         with Edge(server.address, key=home / "bob") as edge:
             assert edge.generate([PROMPT])[0].token_ids
-        assert ann.silent() and len(guard.users) == 2
+        assert ann.silent() and len(authenticator.users) == 2
         assert [r.getMessage() for r in caplog.records] == [
             f"cannot read the list of keys: others may change {path}: run chmod go-w on it, and make sure that nobody did"
         ]
         path.chmod(0o600)
         path.write_text("broken\n" + path.read_text())
         until(lambda: len(caplog.records) > 1, "another complaint")
-        assert caplog.records[-1].getMessage().startswith(f"{path}, line 1: 'broken' is no public key") and len(guard.users) == 2
+        assert caplog.records[-1].getMessage().startswith(f"{path}, line 1: 'broken' is no public key") and len(authenticator.users) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the guard
+# the authenticator
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_a_guard_that_dies_is_noticed(
+def test_an_authenticator_that_dies_is_noticed(
     server: Server, home: Path, busy: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:  # fmt: skip
     """The server serves nobody any more, rather than everybody or nobody new; `alive` says so, upon which the command ends."""
@@ -285,23 +285,23 @@ def test_a_guard_that_dies_is_noticed(
             ann.send(Draft(X, 1, len(PROMPT), b"", b"", CONTEXT))
         assert server.alive
 
-        def fails(self: Guard) -> list[str]:
+        def fails(self: Authenticator) -> list[str]:
             raise RuntimeError("no memory")
 
-        monkeypatch.setattr(Guard, "_refresh", fails)
+        monkeypatch.setattr(Authenticator, "_refresh", fails)
         until(lambda: not server.alive, "the end of the network's thread")
         with pytest.raises(ServerError):
             Connection(server.address, b"", home / "bob", 1.0)
-    assert "the guard of the keys failed" in caplog.text
+    assert "the authenticator failed" in caplog.text
     server._sessions.draining = True  # what is open has nobody to end it but stop(), which the fixture comes to
     server.stop()
 
 
-def test_without_a_guard_nobody_comes_in(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_authenticator_nobody_comes_in(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if nobody noticed that it is gone."""
-    monkeypatch.setattr(Guard, "alive", True)
-    assert server._guard
-    server._guard.stop()
+    monkeypatch.setattr(Authenticator, "alive", True)
+    assert server._authenticator
+    server._authenticator.stop()
     with pytest.raises(ServerError, match="has another key than the address says"):  # which is how it looks from outside
         Edge(server.address, key=home / "ann")
     assert not server._sessions._peers
