@@ -1,7 +1,8 @@
 """OpenVINO as a peer: a stateful decoder built from its own operations, in the forms that its CPU plugin fuses.
 
 Fused were, in OpenVINO 2026.4: RMS norms, rope, and attention with the K/V that it appends to in place. Grouped heads must be repeated by a
-multiplication with ones: after a broadcast the attention was not fused, and 16 sequences at context 1024 took three times as long.
+multiplication with ones: after a broadcast the attention was not fused, and 16 sequences at context 1024 (60m, a busy machine) took about 80 ms
+instead of 37.
 """
 
 import tempfile

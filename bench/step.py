@@ -5,7 +5,7 @@ Decoding of 1, 4 and 16 sequences, verification of 8 to 64 rows, a prompt of 512
     python -m bench.step --shape 0.5b --dtype bfloat16 float32 --out bench/results/step.jsonl
 
 Random weights, K/V of zeros: the time does not depend on values. Every engine has a process of its own and they take turns in every case: a
-change of the machine's speed in mid-run (memory here flips between 45 and 77 GB/s) meets them all, the floor among them. A figure is the median
+change of the machine's speed in mid-run (one's memory flips between 45 and 77 GB/s) meets them all, the floor among them. A figure is the median
 over rounds, and the ratio to a peer that of their rounds in pairs. The floor: weights and K/V once at the streaming rate, or the products at the
 GEMM rate, whichever takes longer.
 """
