@@ -231,7 +231,7 @@ def test_ctrl_c_keeps_what_came(interrupted: tuple[Ended, Ended, str]) -> None:
     assert ended.status == 130
     assert ended.out.endswith("\n") and len(ended.out) > 1 and whole.startswith(ended.out[:-1])
     match = re.fullmatch(r"\n?specedge-edge: stopped after (\d+) tokens\n", ended.err)
-    assert match and 0 < int(match[1]) < 5000
+    assert match and 0 < int(match[1]) < 5000, ended.err
 
 
 def test_ctrl_c_in_json(interrupted: tuple[Ended, Ended, str]) -> None:

@@ -35,8 +35,8 @@ SHORT = [
     "tests/test_levels.py::test_speculation_flips_near_ties_at_most",
 ]
 LONG = ["tests/kernels", "tests/engine", "tests/test_lossless.py"]
+ELSEWHERE = ["--ignore-glob=*test_triton*", "--ignore-glob=*test_cuda*"]  # a GPU's kernels, to which the level of the processor is nothing
 LONG_IN_TORCH = ["tests/engine/test_model.py", "tests/engine/test_families.py", "tests/engine/test_hostile_models.py"]  # near ties may flip elsewhere
-
 
 
 def library(level: str) -> Path:
@@ -73,7 +73,7 @@ def copy(level: str, path: Path) -> Path:
 def outcome(level: str, path: Path, what: list[str], patience: float = PATIENCE) -> str:
     """The last lines of a test run over `what` at `level`."""
     environment = {**os.environ, **LEVELS[level], "PYTHONPATH": str(copy(level, path))}
-    command = [sys.executable, "-m", "pytest", "-m", "not full and not gpu", "--tb=short", "--durations=3", *what]
+    command = [sys.executable, "-m", "pytest", "-m", "not full and not gpu", "--tb=short", "--durations=3", *ELSEWHERE, *what]
     done = subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True, timeout=patience, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout[-600:]
