@@ -163,8 +163,9 @@ def main() -> None:
 
     stream = torch.ones(125_000_000, device=device)
     gb_per_s = stream_ceiling(stream, args.seconds)
-    kinds = {name: choose(str(device), name)[1] for name in args.dtype}  # of what is computed and cached
-    gflop_per_s = {name: gemm_ceiling(device, kind, args.seconds / 2) for name, kind in kinds.items()}
+    chosen = {name: choose(str(device), name)[1:] for name in args.dtype}  # what is computed and cached, and the bits of weights
+    # processors multiply 8-bit integers at twice the rate of bfloat16
+    gflop_per_s = {name: gemm_ceiling(device, kind, args.seconds / 2) * (2 if bits else 1) for name, (kind, bits) in chosen.items()}
     described = machine(args.threads)
     print(", ".join(f"{key} {value}" for key, value in described.items()))
     print(f"ceilings: streaming sum {gb_per_s:.1f} GB/s, GEMM " + ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in gflop_per_s.items()))
@@ -178,7 +179,7 @@ def main() -> None:
     for case in cases:
         rates, turns, why = measure(columns, case, stream, args)
         gb_per_s = statistics.median(rates)
-        floors = {name: floor_ms(c, WIDTH[name], kind.itemsize, case, gb_per_s, gflop_per_s[name]) for name, kind in kinds.items()}
+        floors = {name: floor_ms(c, WIDTH[name], kind.itemsize, case, gb_per_s, gflop_per_s[name]) for name, (kind, _) in chosen.items()}
         print(table_row(case, floors, turns), flush=True)
         notes |= why
         results.append({"case": case, "stream_gb_per_s": rates, "floor_ms": floors, "turns_ms": turns})
