@@ -151,8 +151,9 @@ class Sessions:
             raise Refused("tokenizer", "the draft's tokenizer is not the target's: use a draft with the same vocabulary, or none")
         self._peers[peer] = now
         limits = wire.Limits(self._max_nodes, self.engine.runner.context, self.max_sessions)
-        build = f"specedge {__version__}"
-        return wire.Welcome(build, self.model, tokenizer, self.engine.vocab, list(self.engine.eos_ids), limits, int(self.lease * 1000))
+        build, pool, e = f"specedge {__version__}", self.engine.pool, self.engine
+        load = wire.Load(len(self._table), pool.available * pool.page_size, pool.total * pool.page_size)
+        return wire.Welcome(build, self.model, tokenizer, e.vocab, list(e.eos_ids), limits, int(self.lease * 1000), load)
 
     def _open(self, peer: Peer, m: wire.Open, now: float) -> list[Message]:
         if self.draining:

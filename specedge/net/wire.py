@@ -60,11 +60,19 @@ class Sampling(Message):
 
 
 class Limits(Message):
-    """What one session may ask for."""
+    """What an edge may ask for."""
 
     max_nodes: U8
     max_context: U32  # prompt and output together
-    max_sessions: U32
+    max_sessions: U32  # at a time
+
+
+class Load(Message):
+    """How busy the server is."""
+
+    sessions: U32
+    kv_free: U32  # tokens whose K/V could be kept beside what is held now
+    kv_tokens: U32  # and in all
 
 
 class Hello(Message):
@@ -84,10 +92,12 @@ class Welcome(Message):
     eos_ids: Annotated[list[U32], Meta(max_length=64)]
     limits: Limits
     lease_ms: U32  # a session that is silent for longer is closed
+    load: Load
 
 
 class Open(Message):
-    """Edge -> server: a session of `length` known tokens, of which the first `prompt_len` are the prompt; `tokens` are the first of them."""
+    """Edge -> server: a session of `length` known tokens, of which the first `prompt_len` are the prompt; `tokens` are the first of them. The next
+    round is `round` + 1: a rebuilt session counts on, so that late answers of its earlier life are known by their number."""
 
     session: SessionId
     tokens: Annotated[bytes, Meta(max_length=4 * FIRST)]
@@ -96,6 +106,7 @@ class Open(Message):
     sampling: Sampling
     stop_ids: Annotated[list[U32], Meta(max_length=128)]
     max_tokens: U32  # counted from prompt_len
+    round: U32 = 0
 
 
 class Prompt(Message):
@@ -151,8 +162,55 @@ class Close(Message):
     session: SessionId
 
 
+class Lease(Message):
+    """Edge -> server: the session is silent, but wanted."""
+
+    session: SessionId
+
+
+class Resume(Message):
+    """Edge -> server, on a new connection: is the session still there?"""
+
+    session: SessionId
+
+
+class Resumed(Message):
+    """Server -> edge: it is, and belongs to this connection now. `length` tokens are committed, `round` was the last that came."""
+
+    session: SessionId
+    length: U32
+    round: U32
+
+
+class NeedPrefill(Message):
+    """Server -> edge: it was here lately; open it again with all its tokens, whose K/V may still be cached."""
+
+    session: SessionId
+
+
+class Gone(Message):
+    """Server -> edge: it is not known here; open it with all its tokens."""
+
+    session: SessionId
+
+
+class Busy(Message):
+    """Server -> edge: not now. OPEN it again, or send `round` again if that is not 0, after `retry_ms` milliseconds or more."""
+
+    session: SessionId
+    retry_ms: U32
+    text: Text
+    round: U32 = 0
+
+
+class GoAway(Message):
+    """Server -> edge: the server ends in `deadline_ms` milliseconds. Running sessions may finish here until then; new ones must go elsewhere."""
+
+    deadline_ms: U32
+
+
 class Error(Message):
-    """Server -> edge: what was wrong, in one sentence. `session` is zero where none was meant."""
+    """Server -> edge: what was wrong, in one sentence. `session` is zero where none was meant, `round` where it answers none."""
 
     session: SessionId
     code: Annotated[str, Meta(max_length=32)]
@@ -161,9 +219,9 @@ class Error(Message):
 
 
 TYPES: dict[type[Message], int] = {
-    Hello: 1, Welcome: 2, Open: 3, Prompt: 4, Opened: 5, Draft: 6, Verdict: 7, Cancel: 8, Close: 9, Error: 15,
+    Hello: 1, Welcome: 2, Open: 3, Prompt: 4, Opened: 5, Draft: 6, Verdict: 7, Cancel: 8, Close: 9, Lease: 10, Resume: 11, Resumed: 12,
+    NeedPrefill: 13, Gone: 14, Error: 15, Busy: 16, GoAway: 17,
 }  # fmt: skip
-# 10..14 are kept for LEASE, RESUME, RESUMED, BUSY and GOAWAY
 NO_SESSION = bytes(16)
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -31,7 +31,7 @@ from tests.helpers import BYTES, byte_tokenizer, check_empty, drafter, engine, r
 from tests.net.test_server import PATIENCE, background, until
 
 VOCAB = BYTES
-WELCOME = Welcome("fake", b"m" * 32, b"", VOCAB, [256, 0], wire.Limits(255, 4096, 16), 600_000)
+WELCOME = Welcome("fake", b"m" * 32, b"", VOCAB, [256, 0], wire.Limits(255, 4096, 16), 600_000, wire.Load(0, 4096, 4096))
 TEN = SamplingParams(max_tokens=10, seed=1)
 Answer = Message | bytes
 

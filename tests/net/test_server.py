@@ -263,7 +263,8 @@ def test_a_message_is_one_frame(oracle: Engine, server: Server) -> None:
 def test_right_frames_of_wrong_types(oracle: Engine, server: Server) -> None:
     """What only servers say, and what needs a session: an ERROR with a sentence for each; CANCEL and CLOSE of nothing are not answered."""
     only_servers: list[Message] = [
-        Welcome("b", b"", b"", 1, [], wire.Limits(1, 1, 1), 1), Opened(X, 1), Verdict(X, 1, 1, 0, b"", 0, 0, 0, 0, 0), Error(X, "code", "text")
+        Welcome("b", b"", b"", 1, [], wire.Limits(1, 1, 1), 1, wire.Load(0, 0, 0)), Opened(X, 1),
+        Verdict(X, 1, 1, 0, b"", 0, 0, 0, 0, 0), Error(X, "code", "text")
     ]  # fmt: skip
     need_session: list[Message] = [Draft(X, 1, 1, b"", b""), Prompt(X, 0, b"")]
     with honest_edge(server, oracle), Raw(server, hello=False) as raw:

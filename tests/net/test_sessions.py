@@ -176,7 +176,7 @@ def test_welcome_says_what_is_served(desk: Desk, monkeypatch: pytest.MonkeyPatch
     (welcome,) = desk.say(Hello("test", b""))
     assert isinstance(welcome, Welcome) and welcome.build.startswith("specedge ")
     limits = wire.Limits(MAX_NODES, CONTEXT, 256)
-    assert welcome == Welcome(welcome.build, MODEL, b"", VOCAB, [5, 104], limits, 600_000)
+    assert welcome == Welcome(welcome.build, MODEL, b"", VOCAB, [5, 104], limits, 600_000, wire.Load(0, 1024, 1024))
     assert desk.say(Hello("again", b"")) == [welcome]
 
 
@@ -481,7 +481,7 @@ def test_a_fault_during_a_round_ends_that_round(desk: Desk) -> None:
 
 
 def test_welcome_is_not_for_a_server(desk: Desk) -> None:
-    refused(desk.say(Welcome("b", b"", b"", 1, [], wire.Limits(1, 1, 1), 1)), "frame", NONE)
+    refused(desk.say(Welcome("b", b"", b"", 1, [], wire.Limits(1, 1, 1), 1, wire.Load(0, 0, 0))), "frame", NONE)
 
 
 def test_a_full_house(desk: Desk) -> None:

@@ -23,16 +23,24 @@ from hypothesis import strategies as st
 
 from specedge.net import wire
 from specedge.net.wire import (
+    Busy,
     Cancel,
     Close,
     Draft,
     Error,
+    GoAway,
+    Gone,
     Hello,
+    Lease,
     Limits,
+    Load,
     Message,
+    NeedPrefill,
     Open,
     Opened,
     Prompt,
+    Resume,
+    Resumed,
     Sampling,
     Verdict,
     Welcome,
@@ -56,14 +64,17 @@ pack = msgspec.msgpack.encode
 MESSAGES: dict[str, tuple[type[Message], int, tuple[str, ...], int, Message]] = {
     "hello": (Hello, 1, ("text", "digest"), 2, Hello("specedge 0.1.0 é", bytes(range(32)))),
     "welcome": (
-        Welcome, 2, ("text", "digest", "digest", "u32", "eos", "limits", "u32"), 7,
-        Welcome("specedge 0.1.0", bytes(range(32)), bytes(range(32, 64)), 151_936, [151_645, 2], Limits(63, 32_768, 100), 30_000),
+        Welcome, 2, ("text", "digest", "digest", "u32", "eos", "limits", "u32", "load"), 8,
+        Welcome(
+            "specedge 0.1.0", bytes(range(32)), bytes(range(32, 64)), 151_936, [151_645, 2], Limits(63, 32_768, 100), 30_000,
+            Load(3, 900_000, 1_000_000),
+        ),
     ),
     "open": (
-        Open, 3, ("session", "first_tokens", "u32", "u32", "sampling", "stop_ids", "u32"), 7,
+        Open, 3, ("session", "first_tokens", "u32", "u32", "sampling", "stop_ids", "u32", "u32"), 7,
         Open(
             SID, pack_ids([1, 70_000, 151_935]), 5, 3, Sampling(0.8, 2**64 - 2, 40, 0.95, 0.05, 1.1, 0.5, -0.5, 3, pack_ids([7, 9]), bytes(16)),
-            [151_645, 0], 4096,
+            [151_645, 0], 4096, 300,
         ),
     ),
     "prompt": (Prompt, 4, ("session", "u32", "tokens"), 3, Prompt(SID, 16_000, pack_ids(list(range(300, 420))))),
@@ -78,6 +89,13 @@ MESSAGES: dict[str, tuple[type[Message], int, tuple[str, ...], int, Message]] = 
     ),
     "cancel": (Cancel, 8, ("session",), 1, Cancel(SID)),
     "close": (Close, 9, ("session",), 1, Close(SID)),
+    "lease": (Lease, 10, ("session",), 1, Lease(SID)),
+    "resume": (Resume, 11, ("session",), 1, Resume(SID)),
+    "resumed": (Resumed, 12, ("session", "u32", "u32"), 3, Resumed(SID, 301, 3)),
+    "need_prefill": (NeedPrefill, 13, ("session",), 1, NeedPrefill(SID)),
+    "gone": (Gone, 14, ("session",), 1, Gone(SID)),
+    "busy": (Busy, 16, ("session", "u32", "text", "u32"), 3, Busy(SID, 1500, "all 100 sessions are taken", 3)),
+    "goaway": (GoAway, 17, ("u32",), 1, GoAway(30_000)),
     "error": (Error, 15, ("session", "code", "text", "u32"), 3, Error(SID, "tree", "row 3 names row 7 as its parent, which is not before it", 3)),  # noqa: E501
 }  # fmt: skip
 
@@ -122,6 +140,10 @@ KINDS: dict[str, tuple[list[object], list[object]]] = {
     "limits": (
         [[0, 0, 0], [255, 2**32 - 1, 2**32 - 1], [1, 2, 3, {"new": "field"}]],
         [*NOT_ARRAY, [], [1, 2], [256, 2, 3], [1, 2**32, 3], [1, 2, 2**32], [-1, 2, 3], [1, 2, 3.0]],
+    ),
+    "load": (
+        [[0, 0, 0], [2**32 - 1] * 3, [1, 2, 3, {"new": "field"}]],
+        [*NOT_ARRAY, [], [1, 2], [2**32, 2, 3], [1, 2**32, 3], [1, 2, 2**32], [-1, 2, 3], [1, 2, 3.0]],
     ),
 }  # fmt: skip
 
@@ -203,14 +225,21 @@ sampling = st.builds(
 )
 ANY_MESSAGE: dict[type[Message], st.SearchStrategy[Message]] = {
     Hello: st.builds(Hello, text, digest),
-    Welcome: st.builds(Welcome, text, digest, digest, u32, st.lists(u32, max_size=64), st.builds(Limits, u8, u32, u32), u32),
-    Open: st.builds(Open, session, first_tokens, u32, u32, sampling, st.lists(u32, max_size=128), u32),
+    Welcome: st.builds(Welcome, text, digest, digest, u32, st.lists(u32, max_size=64), st.builds(Limits, u8, u32, u32), u32, st.builds(Load, u32, u32, u32)),
+    Open: st.builds(Open, session, first_tokens, u32, u32, sampling, st.lists(u32, max_size=128), u32, u32),
     Prompt: st.builds(Prompt, session, u32, tokens),
     Opened: st.builds(Opened, session, u32),
     Draft: st.builds(Draft, session, u32, u32, st.binary(max_size=1020), st.binary(max_size=255), u32),
     Verdict: st.builds(Verdict, session, u32, u32, u8, tokens, u16, st.integers(0, 2), u8, u32, u32),
     Cancel: st.builds(Cancel, session),
     Close: st.builds(Close, session),
+    Lease: st.builds(Lease, session),
+    Resume: st.builds(Resume, session),
+    Resumed: st.builds(Resumed, session, u32, u32),
+    NeedPrefill: st.builds(NeedPrefill, session),
+    Gone: st.builds(Gone, session),
+    Busy: st.builds(Busy, session, u32, text, u32),
+    GoAway: st.builds(GoAway, u32),
     Error: st.builds(Error, session, st.text(max_size=32), text, u32),
 }
 
@@ -231,7 +260,7 @@ def test_round_trip(name: str) -> None:
 def test_the_largest_message_within_bounds_fits() -> None:
     biggest = Open(
         SID, bytes(48_000), 2**32 - 1, 2**32 - 1, Sampling(1.5, 2**64 - 1, 2**31 - 1, bias_ids=bytes(4096), bias_values=bytes(8192)),
-        [2**32 - 1] * 128, 2**32 - 1,
+        [2**32 - 1] * 128, 2**32 - 1, 2**32 - 1,
     )
     assert len(encode(biggest)) == 65536 and decode(encode(biggest)) == biggest
     loud = Error(SID, "\U0001f600" * 32, "\U0001f600" * 300, 2**32 - 1)
@@ -502,7 +531,7 @@ def noise(rng: random.Random) -> bytes:
         return rng.randbytes(rng.choice([512, 2048]))
     if pick == 1:
         return rng.randbytes(rng.randrange(600))
-    return raw(rng.randrange(1, 16), rng.randbytes(rng.randrange(400)))
+    return raw(rng.randrange(1, 19), rng.randbytes(rng.randrange(400)))
 
 
 @pytest.mark.parametrize("maker", [structured, mutated, noise])
