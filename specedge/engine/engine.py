@@ -8,7 +8,7 @@ prompts beside it. Knows nothing of draft models or sockets. One thread at a tim
 any. Invariant: the text of a sequence is a function of model, tokens, parameters and seed alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from specedge.config import EngineConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.hub import locate
 from specedge.engine.pages import OutOfPages, PagePool
-from specedge.engine.request import Output, Sequence, Verdict, walk
+from specedge.engine.request import Account, Output, Sequence, Verdict, walk
 from specedge.engine.runner import Runner
 from specedge.engine.sampler import Ask, Sampler
 from specedge.engine.scheduler import Grant, Want, schedule
@@ -48,6 +48,8 @@ class Engine(TextEngine):
         self._waiting: list[Sequence] = []  # not admitted yet
         self._running: list[Sequence] = []  # longest waiting first
         self._opened = 0  # sequences so far
+        self._everybody = Account()  # pays where nobody is named
+        self._ahead: dict[Hashable, int] = {}  # the scheduler's memory of who had how many rows
         self._texts: dict[Sequence, Text] = {}
         self._guard = Guard()
 
@@ -73,11 +75,12 @@ class Engine(TextEngine):
 
     @alone
     def open(
-        self, tokens: list[int], params: SamplingParams, prompt_len: int | None = None, stop: frozenset[int] | None = None, salt: bytes = b""
-    ) -> Sequence:
+        self, tokens: list[int], params: SamplingParams, prompt_len: int | None = None, stop: frozenset[int] | None = None,
+        account: Account | None = None,
+    ) -> Sequence:  # fmt: skip
         """A sequence of known tokens whose first `prompt_len` (all, if None) are the prompt. Its K/V is computed from the next step on.
 
-        `stop`: the ids that end it, in place of eos_ids and params.stop_ids. `salt`: sequences of one salt share the K/V of common beginnings.
+        `stop`: the ids that end it, in place of eos_ids and params.stop_ids. `account`: who pays for it, and shares its pages.
         Raises RequestError if it can never be served.
         """
         if not tokens:
@@ -90,13 +93,13 @@ class Engine(TextEngine):
             stop = frozenset(params.stop_ids if params.ignore_eos else (*params.stop_ids, *self.eos_ids))
         self._opened += 1
         prompt_len = len(tokens) if prompt_len is None else prompt_len
-        sequence = Sequence(list(tokens), prompt_len, params.with_seed(), stop, salt, self._opened)
+        sequence = Sequence(list(tokens), prompt_len, params.with_seed(), stop, account or self._everybody, self._opened)
         if sequence.limit > self.runner.context:
             asked = f"{sequence.prompt_len} prompt tokens and max_tokens {params.max_tokens}"
             raise RequestError(f"{asked} exceed the context of {self.runner.context}: shorten one of them")
         if not 0 < sequence.prompt_len <= len(tokens) < sequence.limit:
             raise RequestError(f"{len(tokens)} known tokens do not lie between the prompt of {sequence.prompt_len} and the limit of {sequence.limit}")
-        sequence.keys = self.pool.keys(tokens, salt)
+        sequence.keys = self.pool.keys(tokens, sequence.account.name)
         self._waiting.append(sequence)
         return sequence
 
@@ -131,7 +134,9 @@ class Engine(TextEngine):
     @property
     def busy(self) -> bool:
         """Whether a step would find work."""
-        return self.guard.behind or self._admissible() is not None or any(s.pending > 1 or s.wants_token for s in self._running)
+        if self.guard.behind or self._admissible() is not None:
+            return True
+        return any((s.pending > 1 or s.wants_token) and not s.held for s in self._running)
 
     # ------------------------------------------------------------------------------------------------------------------
     # the step
@@ -141,9 +146,9 @@ class Engine(TextEngine):
         """One forward pass: schedule -> run -> sample -> accept -> commit -> emit."""
         self.guard.catch_up()
         self._admit()
-        running = list(self._running)
+        running = [s for s in self._running if not s.held]
         batch, jobs = self.runner.batch(), list[Job]()
-        for grant in schedule([self._want(s) for s in running], self.runner.sizes.max_rows):
+        for grant in schedule([self._want(s) for s in running], self.runner.sizes.max_rows, self._ahead):
             s = running[grant.index]
             tree = self._tree(s, grant)
             if self._reserve(s, s.computed + grant.chain + int(tree.depths().max()), jobs):
@@ -164,7 +169,7 @@ class Engine(TextEngine):
         """Move sequences from waiting to running, in order of arrival, while there is room for what they hold already."""
         while (s := self._admissible()) is not None:
             self._waiting.remove(s)
-            s.table, s.computed = self.pool.open(s.tokens, s.salt)
+            s.table, s.computed = self.pool.open(s.tokens, s.account.name)
             self._running.append(s)
 
     def _admissible(self) -> Sequence | None:
@@ -200,7 +205,7 @@ class Engine(TextEngine):
         return False
 
     def _want(self, s: Sequence) -> Want:
-        return Want(s.pending, s.wants_token, len(s.tree) if s.tree is not None else 0)
+        return Want(s.pending, s.wants_token, len(s.tree) if s.tree is not None else 0, s.account)
 
     def _tree(self, s: Sequence, grant: Grant) -> TokenTree:
         """What of the offered tree is verified: the granted nodes, up to the first that lies too deep to be accepted or to have a page. Nobody is
@@ -222,6 +227,8 @@ class Engine(TextEngine):
             below = (1 << (grant.chain - 1)) - 1
             anc = [(1 << i + 1) - 1 for i in range(grant.chain - 1)] + [below | a << (grant.chain - 1) for a in tree.ancestors()]
         first, rows = batch.rows, grant.chain + len(tree)
+        s.account.prompt += grant.chain - grant.token
+        s.account.verified += grant.token + len(tree)
         batch.add(
             tokens=chain + tree.tokens.tolist(),
             positions=[*range(s.computed, root + 1), *(root + depths).tolist()],

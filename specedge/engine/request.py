@@ -13,6 +13,18 @@ from specedge.tree import TokenTree
 
 
 @dataclass(slots=True, eq=False)
+class Account:
+    """Who pays for rows: sequences of one account share the K/V of common beginnings, and accounts take turns where rows are scarce. Whoever keeps
+    the accounts reads what they have used and may make them wait."""
+
+    name: bytes = b""  # salts its pages
+    verified: int = 0  # rows of roots and nodes so far
+    prompt: int = 0  # rows of prompts so far
+    verified_held: bool = False  # no more of these rows for now
+    prompt_held: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
     """One text in the making. Tokens 0 .. computed-1 have their K/V in pages; the last token is the root, which never has."""
 
@@ -20,7 +32,7 @@ class Sequence:
     prompt_len: int  # max_tokens counts from here
     params: SamplingParams  # with a seed
     stop: frozenset[int]  # ids that end the text
-    salt: bytes = b""  # who may share its pages
+    account: Account
     order: int = 0  # of arrival
     keys: list[bytes] = field(default_factory=list)  # of the full pages that its known tokens begin with
     table: PageTable | None = None  # None while it waits for admission
@@ -38,6 +50,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens without K/V, the root among them."""
         return len(self.tokens) - self.computed
+
+    @property
+    def held(self) -> bool:
+        """Whether its account has to wait."""
+        return self.account.prompt_held if self.pending > 1 else self.account.verified_held
 
     @property
     def wants_token(self) -> bool:

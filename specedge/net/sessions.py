@@ -187,8 +187,8 @@ class Sessions:
         o = r.opened
         try:
             params = unpack_sampling(o.sampling, o.max_tokens)
-            salt = r.peer.user.encode() or r.peer.route  # what one key has computed serves its other connections too, and nobody else's
-            r.sequence = self.engine.open(r.tokens, params, o.prompt_len, frozenset(o.stop_ids), salt)
+            account = request.Account(r.peer.user.encode() or r.peer.route)  # what one key has computed serves its other connections too
+            r.sequence = self.engine.open(r.tokens, params, o.prompt_len, frozenset(o.stop_ids), account)
         except RequestError as e:
             raise Refused("length", str(e)) from None
         except ValueError as e:

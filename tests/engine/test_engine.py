@@ -8,7 +8,7 @@ import torch
 
 from specedge.config import EngineConfig, SamplingParams
 from specedge.engine.engine import Engine
-from specedge.engine.request import Sequence, walk
+from specedge.engine.request import Account, Sequence, walk
 from specedge.engine.texts import RequestError
 from specedge.tree import EMPTY, TreeError, make_tree
 from tests.helpers import byte_tokenizer, check_empty, engine, random_model, runner
@@ -143,11 +143,11 @@ def test_common_beginnings_are_computed_once(model: Path) -> None:
     full = len(stem) // 16 * 16
     assert e.pool.hits >= 3 * full and full > 32
     check_empty(e)
-    salted = [e.open(stem, params, salt=s) for s in (b"a", b"b")]
+    salted = [e.open(stem, params, account=Account(s)) for s in (b"a", b"b")]
     before = e.pool.hits
     for s in salted:
         drive(e, s, len(stem) + 3)
-    assert e.pool.hits == before, "nobody finds what another salt has computed"
+    assert e.pool.hits == before, "nobody finds what another account has computed"
     for s in salted:
         e.cancel(s)
     check_empty(e)
@@ -189,4 +189,27 @@ def test_a_deep_tree_does_not_preempt(model: Path) -> None:
     assert idle.computed == len(idle.tokens) - 1
     e.cancel(s)
     e.cancel(idle)
+    check_empty(e)
+
+
+def test_an_account_that_is_held_waits_and_is_charged(model: Path) -> None:
+    """Prompt rows and verified rows are counted apart; a held account gets none of its kind, and the others do not notice."""
+    e, params = engine(model), SamplingParams(max_tokens=8)
+    prompt = prompts(1, 4, 30)[0]
+    want = e.generate([prompt], params)[0].token_ids
+    before = Account(b"c", verified_held=True, prompt_held=True)
+    slow, other = e.open(prompt, params, account=before), e.open(prompt, params)
+    for s in (slow, other):
+        e.run_until(s, s.limit)
+    while e.busy:
+        assert {v.sequence for v in e.step()} <= {other}
+    assert other.tokens[len(prompt) :] == want and (before.verified, before.prompt, slow.computed) == (0, 0, 0)
+    before.prompt_held = False
+    e.step()
+    assert (before.verified, before.prompt) == (1, len(prompt) - 1), "the root makes a token, the rest is the prompt"
+    assert not e.busy
+    before.verified_held = False
+    while e.busy:
+        e.step()
+    assert slow.tokens[len(prompt) :] == want and (before.verified, before.prompt) == (8, len(prompt) - 1)
     check_empty(e)

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from specedge.config import DraftConfig, SamplingParams
 from specedge.engine.drafter import Drafter, Session
 from specedge.engine.engine import Engine
-from specedge.engine.request import Sequence
+from specedge.engine.request import Account, Sequence
 from specedge.engine.runner import Runner
 from specedge.tree import TokenTree
 from tests.engine.test_drafter import VOCAB, FakeRunner, audit, target
@@ -86,7 +86,7 @@ class Operations(RuleBasedStateMachine):
         self.seen["operations"] += 1
         truth, start = self.truth(prompt, params), len(PROMPTS[prompt])
         tokens = truth[: min(start + max(0, known - 15), len(truth) - 1)]
-        self.texts.append((self.engine.open(tokens, PARAMS[params], start, salt=salt), truth))
+        self.texts.append((self.engine.open(tokens, PARAMS[params], start, account=Account(salt)), truth))
 
     def pick(self, i: int) -> tuple[Sequence, list[int]]:
         return self.texts[i % len(self.texts)]

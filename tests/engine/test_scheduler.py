@@ -1,9 +1,12 @@
 """The scheduler, a pure function: budgets are kept, nobody starves, trees are answered whole where they can be."""
 
+from collections import Counter
+from collections.abc import Hashable
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specedge.engine.scheduler import CHUNK_BESIDE_TREES, Grant, Want, schedule
+from specedge.engine.scheduler import CHUNK_BESIDE_TREES, Grant, Want, schedule, turns
 
 WANTS = st.lists(st.builds(Want, chain=st.integers(1, 900), token=st.booleans(), nodes=st.integers(0, 255)), max_size=12)
 
@@ -74,3 +77,44 @@ def test_a_plain_decode_takes_the_rest_of_its_prompt_in_one_go() -> None:
 def test_the_rounds_of_many_do_not_starve_a_prompt() -> None:
     grants = schedule([Want(300, True, 31)] + [Want(1, True, 31)] * 17, 512)
     assert Grant(0, CHUNK_BESIDE_TREES, False) in grants and len(grants) >= 14
+
+
+@given(WANTS)
+def test_one_account_is_served_in_order_of_waiting(wants: list[Want]) -> None:
+    assert turns(wants, {}) == list(range(len(wants)))
+
+
+def test_accounts_take_turns() -> None:
+    """However many wants the greedy one has, and however long they wait: the second turn is the other's."""
+    wants = [Want(1, True, 255, "greedy")] * 9 + [Want(1, True, 31, "ada"), Want(1, True, 7, "bob")]
+    assert turns(wants, {})[:3] == [0, 9, 10]
+    assert turns(wants, {"greedy": 256})[0] == 0, "who comes anew begins where the last one stands"
+    assert turns(wants, {"greedy": 256, "ada": 0})[:2] == [9, 10]
+
+
+@given(st.lists(st.integers(0, 255), min_size=2, max_size=4), st.integers(16, 600), st.integers(1, 6))
+def test_rows_are_shared_evenly_where_they_are_scarce(trees: list[int], max_rows: int, greed: int) -> None:
+    """Accounts with trees of every size, the first of them with `greed` times as many, always more than fits: after any number of steps none of
+    them is ahead of another by more than the largest tree and a step."""
+    ahead: dict[Hashable, int] = {}
+    many = 2 + max_rows
+    wants = [Want(1, True, n, a) for a, n in enumerate(trees) for _ in range(many * (greed if a == 0 else 1))]
+    had: Counter[Hashable] = Counter()
+    for _ in range(12):
+        grants = schedule(wants, max_rows, ahead)
+        for g in grants:
+            had[wants[g.index].account] += g.rows
+        served = {g.index for g in grants}
+        wants = [w for i, w in enumerate(wants) if i not in served] + [wants[i] for i in sorted(served)]
+        rows = [had[a] for a in range(len(trees))]
+        assert max(rows) - min(rows) <= 256 + max_rows
+        assert set(ahead) == set(range(len(trees))) and min(ahead.values()) == 0
+
+
+def test_who_is_not_kept_waiting_owes_nothing() -> None:
+    """Rows that nobody else wanted are not held against anybody."""
+    ahead: dict[Hashable, int] = {}
+    schedule([Want(1, True, 100, "a"), Want(1, True, 3, "b")], 512, ahead)
+    assert ahead == {}
+    schedule([Want(1, True, 255, "a"), Want(1, True, 255, "a"), Want(1, True, 3, "b")], 300, ahead)
+    assert ahead == {"a": 0}

@@ -225,7 +225,9 @@ sampling = st.builds(
 )
 ANY_MESSAGE: dict[type[Message], st.SearchStrategy[Message]] = {
     Hello: st.builds(Hello, text, digest),
-    Welcome: st.builds(Welcome, text, digest, digest, u32, st.lists(u32, max_size=64), st.builds(Limits, u8, u32, u32), u32, st.builds(Load, u32, u32, u32)),
+    Welcome: st.builds(
+        Welcome, text, digest, digest, u32, st.lists(u32, max_size=64), st.builds(Limits, u8, u32, u32), u32, st.builds(Load, u32, u32, u32),
+    ),
     Open: st.builds(Open, session, first_tokens, u32, u32, sampling, st.lists(u32, max_size=128), u32, u32),
     Prompt: st.builds(Prompt, session, u32, tokens),
     Opened: st.builds(Opened, session, u32),
