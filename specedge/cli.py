@@ -48,6 +48,17 @@ def _main(parser: argparse.ArgumentParser, commands: Iterable[argparse.ArgumentP
         sys.exit(1)
 
 
+def _own_key() -> Path:
+    return settings.home() / "edge.secret"
+
+
+def _server_arguments(p: argparse.ArgumentParser) -> None:
+    text = "the server that verifies, as it prints itself; several: the next one when one fails"
+    p.add_argument("--server", required=True, action="append", default=[], metavar="specedge://HOST:PORT/?key=...", help=text)
+    key, secret = _own_key(), "the secret key (default: ~/.config/specedge/edge.secret if it is there)"
+    p.add_argument("--key", type=Path, default=key if key.exists() else None, metavar="FILE", help=secret)
+
+
 def _device_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", choices=("cpu", "cuda"), help="where the model runs (default: cuda if there is one)")
     precisions = ("float32", "bfloat16", "float16", "int8", "int4")
@@ -82,8 +93,8 @@ def server() -> NoReturn:
     a.add_argument("directory", type=Path, metavar="DIR", help="the directory that keygen made")
     a.add_argument("key", metavar="PUBLIC_KEY", help="as `specedge-edge keygen` printed it")
     a.add_argument("--name", required=True, help="whose it is: letters, digits, any of . _ @ -")
-    a.add_argument("--sessions", metavar="N", help="texts at a time (kept in the list, not yet enforced)")
-    a.add_argument("--kv-tokens", metavar="N", help="tokens of all its texts together (kept in the list, not yet enforced)")
+    a.add_argument("--sessions", metavar="N", help="texts at a time (default: as many as the server has)")
+    a.add_argument("--kv-tokens", metavar="N", help="prompt and output of all its texts together (default: no limit)")
     a.add_argument("--expires", metavar="DATE", help="when it ends, such as 2030-12-31 or 2030-12-31T18:00 (UTC; default: never)")
     a.set_defaults(run=_authorize)
     r = commands.add_parser("revoke", help="let a key use a server no more", description="Take a key from a server's list; what it has open ends.")
@@ -158,10 +169,7 @@ def edge() -> NoReturn:
     p.add_argument("--version", action="version", version=f"specedge {__version__}")
     commands = p.add_subparsers(required=True, metavar="COMMAND")
     g = commands.add_parser("generate", help="complete a prompt", description="Complete a prompt: text to stdout, the rest to stderr.")
-    g.add_argument("--server", required=True, metavar="specedge://HOST:PORT/?key=...", help="the server that verifies, as it prints itself")
-    key = settings.home() / "edge.secret"
-    secret = "the secret key (default: ~/.config/specedge/edge.secret if it is there)"
-    g.add_argument("--key", type=Path, default=key if key.exists() else None, metavar="FILE", help=secret)
+    _server_arguments(g)
     drafting = g.add_mutually_exclusive_group()
     drafting.add_argument("--draft", metavar="MODEL", help="directory or hub id of the draft model; it must share the server's tokenizer")
     drafting.add_argument("--no-draft", dest="draft", action="store_const", const="", help="draft nothing: the server decodes alone and streams")
@@ -187,8 +195,15 @@ def edge() -> NoReturn:
     _device_arguments(g)
     settings.add_arguments(g, "edge")
     g.set_defaults(run=_generate)
+    d = commands.add_parser("doctor", help="say what stands between here and a server", description="Examine servers: one sentence a check.")
+    _server_arguments(d)
+    d.add_argument("--draft", metavar="MODEL", help="directory or hub id of the draft model that must match the server")
+    d.add_argument("--demo", action=SWITCH, default=False, help="use the small draft that comes with specedge")
+    d.add_argument("--json", action=SWITCH, default=False, help="print one JSON object instead of sentences")
+    settings.add_arguments(d, "edge")
+    d.set_defaults(run=_doctor)
     k = commands.add_parser("keygen", help="make the key of this edge", description="Make a secret key. Prints the public one.")
-    k.add_argument("file", nargs="?", type=Path, default=key, metavar="FILE", help="where to write it (default: %(default)s)")
+    k.add_argument("file", nargs="?", type=Path, default=_own_key(), metavar="FILE", help="where to write it (default: %(default)s)")
     k.set_defaults(run=_edge_keygen)
     _main(p, commands.choices.values())
 
@@ -247,3 +262,23 @@ def _generate(args: argparse.Namespace) -> int:
         }  # fmt: skip
         print(json.dumps(record))
     return 0 if done else 130
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from specedge.engine.hub import locate
+    from specedge.engine.weights import read_config
+    from specedge.net.doctor import examine
+    from specedge.text import Tokenizer
+
+    if args.demo and args.draft:
+        raise SpecedgeError("name one draft: --draft MODEL or --demo")
+    path = DEMO / "draft" if args.demo else locate(args.draft) if args.draft else None
+    tokenizer, vocab = (Tokenizer.from_dir(path).digest(), read_config(path).vocab) if path else (b"", 0)
+    found = {server: examine(server, tokenizer, vocab, args.key) for server in args.server}
+    if args.json:
+        print(json.dumps({server: [dataclasses.asdict(f) for f in findings] for server, findings in found.items()}))
+    else:
+        for findings in found.values():
+            for f in findings:
+                print(f"{'ok  ' if f.ok else 'FAIL'} {f.check}: {f.text}")
+    return 0 if all(f.ok for findings in found.values() for f in findings) else 1

@@ -79,7 +79,7 @@ def parse(parser: argparse.ArgumentParser, commands: Iterable[argparse.ArgumentP
         for name, action in _options(chosen).items():
             print(_line(name, getattr(args, action.dest), origin[name]))
         sys.exit(0)
-    absent = ["/".join(a.option_strings) for a in _options(chosen).values() if a in required and getattr(args, a.dest) is None]
+    absent = ["/".join(a.option_strings) for a in _options(chosen).values() if a in required and getattr(args, a.dest) in (None, [])]
     if absent:
         chosen.error(f"the following arguments are required: {', '.join(absent)}")
     return args

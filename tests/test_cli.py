@@ -312,7 +312,8 @@ EDGE: list[tuple[list[str], str]] = [  # {target}, {draft}, {other}, {address}, 
 @pytest.mark.parametrize(("arguments", "sentence"), EDGE, ids=[" ".join(a) for a, _ in EDGE])
 def test_failures_of_the_edge(house: House, run: Runner, arguments: list[str], sentence: str) -> None:
     values = {"target": house.target, "draft": house.draft, "other": house.other, "none": unused()}
-    usual = ["--server", house.address, "--draft", str(house.draft), "--device", "cpu", "--prompt", PROMPT]
+    server = [] if "--server" in arguments else ["--server", house.address]
+    usual = [*server, "--draft", str(house.draft), "--device", "cpu", "--prompt", PROMPT]
     failed(run("edge", "generate", *usual, *(a.format(**values) for a in arguments)), sentence)
 
 
@@ -323,6 +324,25 @@ def test_a_long_prompt_is_announced_on_a_terminal(house: House, run: Runner, mon
     second = run("edge", "generate", "--server", house.address, *usual)
     assert first.status == second.status == 0 and second.out == first.out
     assert second.err.startswith("specedge-edge: waiting for the server to read 1,500 tokens\n") and "waiting" not in first.err
+
+
+def test_the_next_of_several_servers_is_taken(house: House, run: Runner, want: tuple[str, list[int]]) -> None:
+    servers = ["--server", f"specedge://127.0.0.1:{unused()}", "--server", house.address]
+    ended = run("edge", "generate", *servers, "--draft", house.draft, "--device", "cpu", "--prompt", PROMPT, "--json", "--max-tokens", 4)
+    assert (ended.status, json.loads(ended.out)["token_ids"]) == (0, want[1][:4])
+
+
+def test_the_doctor(house: House, run: Runner) -> None:
+    """A line and a status for people, the same as one object for programs."""
+    well = run("edge", "doctor", "--server", house.address, "--draft", house.draft)
+    assert (well.status, well.err) == (0, "") and all(line.startswith("ok   ") for line in well.out.splitlines())
+    assert [line.split(":")[0].removeprefix("ok   ") for line in well.out.splitlines()][:3] == ["connection", "model", "tokenizer"]
+    ill = run("edge", "doctor", "--server", house.address, "--draft", house.other)
+    assert (ill.status, ill.out.count("\n")) == (1, 1) and ill.out.startswith("FAIL tokenizer: ")
+    both = run("edge", "doctor", "--server", house.address, "--server", f"specedge://127.0.0.1:{unused()}", "--json")
+    one, two = json.loads(both.out).values()
+    assert both.status == 1 and {f["ok"] for f in one} == {True} and [f["ok"] for f in two] == [False]
+    assert [f["figures"]["trips"] for f in one if f["check"] == "round trip"] == [20]
 
 
 def test_without_a_draft_the_tokenizer_is_named(house: House, run: Runner) -> None:

@@ -1,7 +1,8 @@
 """Connection: one edge's DEALER socket, its address, its handshake, its count of bytes.
 
-Sends and receives typed messages; knows nothing of rounds, trees or models. Invariants: used by the thread that made it; if the address names a key,
-only its holder is spoken to, and never in plain text.
+Sends and receives typed messages; knows nothing of rounds, trees or models. Invariants: used by one thread at a time; if the address names a key,
+only its holder is spoken to, and never in plain text; once broken it stays so, though ZeroMQ would connect again in silence: to the server that would
+be somebody else.
 """
 
 import socket
@@ -19,7 +20,8 @@ from specedge.net.auth import CURVE_EXTRA, AuthError, load, public_key
 
 
 class ServerError(SpecedgeError):
-    """A server that cannot be reached, does not answer, or refuses; `code` is the protocol's, where there is one."""
+    """A server that cannot be reached, does not answer, or refuses. `code` says what it refuses: a word of the protocol, or "protocol" itself;
+    without one the same may go well the next time."""
 
     def __init__(self, text: str, code: str = "") -> None:
         super().__init__(text)
@@ -93,35 +95,41 @@ class Connection:
         if own:
             self.socket.curve_serverkey, self.socket.curve_publickey = bytes.fromhex(server_key), bytes.fromhex(own.public)
             self.socket.curve_secretkey = own.secret
-        monitor = self.socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        self._monitor = self.socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_DISCONNECTED
         )
+        self.sockets = (self.socket, self._monitor)  # to poll
+        self._early: list[tuple[wire.Message, int]] = []  # came with the greeting
         try:
             self.socket.connect(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
-            self._shake_hands(monitor, timeout, own.public if own else "")
-            self.socket.disable_monitor()
+            self._shake_hands(timeout, own.public if own else "")
             self.welcome = self._welcomed(timeout)
             self.socket.setsockopt(zmq.SNDTIMEO, 1000)  # from here on a full or lost connection is a fault
         except BaseException:
             self.close()
             raise
 
+    def ask(self, timeout: float = 5.0) -> wire.Welcome:
+        """Say HELLO and wait for the answer, forgetting what else comes meanwhile."""
+        return self._welcomed(timeout)
+
     def greet(self) -> None:
         """Say HELLO, which may be repeated at any time."""
         self.send(wire.Hello(f"specedge {__version__}", self._tokenizer))
 
-    def _shake_hands(self, monitor: zmq.Socket[bytes], timeout: float, key: str) -> None:
-        """Wait until the connection stands. A refusal is an event and nothing else: the socket itself would be silent for ever."""
+    def _shake_hands(self, timeout: float, key: str) -> None:
+        """Wait until the connection stands; whatever the monitor says from then on means that it broke. A refusal is an event and nothing else: the
+        socket itself would be silent for ever."""
         end, broken = time.monotonic() + timeout, 0
         while (left := end - time.monotonic()) > 0:
-            if not monitor.poll(int(left * 1000) + 1):
+            if not self._monitor.poll(int(left * 1000) + 1):
                 continue
-            event = recv_monitor_message(monitor)["event"]
+            event = recv_monitor_message(self._monitor)["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 return
             if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 raise ServerError(f"the server at {self.address} does not know this key: have its operator authorise {key}", "key")
-            broken += 1
+            broken += event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
             if broken == 2 and key:  # once may have been the network
                 raise ServerError(f"the server at {self.address} has another key than the address says: copy the address that it printed again")
         raise self._strange
@@ -131,36 +139,49 @@ class Connection:
         self.greet()
         while (left := end - time.monotonic()) > 0:
             if self.socket.poll(int(left * 1000) + 1):
-                for message, _size in self.receive():
+                messages = self.receive()
+                for i, (message, _size) in enumerate(messages):
                     if isinstance(message, wire.Welcome):
+                        self._early = messages[i + 1 :]
                         return message
                     if isinstance(message, wire.Error):
                         raise ServerError(f"the server at {self.address} refuses: {message.text}", message.code)
+                    if isinstance(message, wire.Busy):
+                        raise ServerError(f"the server at {self.address} is busy: {message.text}")
         raise self._strange
 
     def send(self, message: wire.Message) -> int:
         """Send a message; returns the bytes of its frame."""
         frame = wire.encode(message)
+        if self._monitor.poll(0):
+            raise self._lost()
         try:
             self.socket.send(frame)
         except zmq.Again:
-            raise ServerError(f"the connection to {self.address} is lost: check the network and that specedge-server runs") from None
+            raise self._lost() from None
         return len(frame)
 
     def receive(self) -> list[tuple[wire.Message, int]]:
-        """All messages that have come, each with the bytes of its frame; a frame that is not ours is a ServerError."""
-        messages: list[tuple[wire.Message, int]] = []
+        """All messages that have come, each with the bytes of its frame. ServerError for a frame that is not ours and, when there is nothing left
+        to read, for a connection that broke."""
+        messages, self._early = self._early, []
         while True:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return messages
+                break
             try:
                 if len(frames) != 1:
                     raise wire.WireError(f"a message of {len(frames)} frames; one is allowed")
                 messages.append((wire.decode(frames[0]), len(frames[0])))
             except wire.WireError as e:
-                raise ServerError(f"{self.address} does not speak this protocol: {e}") from None
+                raise ServerError(f"{self.address} does not speak this protocol: {e}", "protocol") from None
+        if not messages and self._monitor.poll(0):
+            raise self._lost()
+        return messages
+
+    def _lost(self) -> ServerError:
+        return ServerError(f"the connection to {self.address} is lost: check the network and that specedge-server runs")
 
     def close(self) -> None:
         """Close the socket, giving frames on their way half a second."""

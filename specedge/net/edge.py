@@ -3,19 +3,20 @@
     edge = Edge("specedge://127.0.0.1:7000", "path/to/draft")
     edge.generate(["def fibonacci(n):"], SamplingParams(max_tokens=64))
 
-One worker thread owns the socket and the drafter; callers reach it through queues. It looks for verdicts between any two draft forwards,
-submits every tree that is ready, and otherwise keeps growing, also while verdicts are in flight. A text without a draft session is decoded
-by the server alone and streamed. Invariant: the edge owns its text; what the server says is checked against it before it is believed.
+One worker thread owns the link and the drafter; callers reach it through queues. It looks for verdicts between any two draft forwards,
+submits every tree that is ready, and otherwise keeps growing, also while verdicts are in flight or the connection is lost. A text without a draft
+session is decoded by the server alone and streamed. What is said to the server about a text is in rounds.py, how a server is reached in link.py.
+Invariant: the edge owns its text; what the server says is checked against it before it is believed.
 """
 
 import contextlib
 import logging
+import math
 import queue
-import secrets
 import socket
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,37 +26,31 @@ from specedge.config import DraftConfig, SamplingParams, SpecedgeError
 from specedge.engine.drafter import Drafter, Session
 from specedge.engine.request import Chunk, Completion, Output
 from specedge.net import wire
-from specedge.net.client import Connection, ServerError
-from specedge.net.sampling import pack_sampling
+from specedge.net.client import ServerError
+from specedge.net.link import Link
+from specedge.net.rounds import Rounds, Step
 from specedge.text import Tokenizer
-from specedge.tree import EMPTY, TokenTree
+from specedge.tree import EMPTY
 
 log = logging.getLogger(__name__)
-RESEND = 3.0  # seconds without a verdict after which a round is sent again; servers answer a repeated round as they did before
-PATIENCE = 60.0  # seconds without a word about a text after which it fails
 
 
 @dataclass(slots=True, eq=False)
 class Text:
     """One text. The caller's side is `inbox`; everything else belongs to the worker."""
 
-    tokens: list[int]
-    prompt_len: int
-    params: SamplingParams
+    rounds: Rounds
     output: Output
     inbox: "queue.SimpleQueue[Chunk | SpecedgeError]" = field(default_factory=queue.SimpleQueue)
-    id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     session: Session | None = None
-    round: int = 0
-    sent: TokenTree | None = None  # awaits its verdict
-    alone: bool = False  # the server decodes by itself and streams
-    budget: int = 0  # nodes that the server wants at most
-    heard: float = 0.0
-    resend: float = 0.0
+
+    @property
+    def id(self) -> bytes:
+        return self.rounds.id
 
 
 class Edge:
-    """A connection to `server`, and a draft model if one is given: a directory, or a loaded Drafter.
+    """A link to `server`, or to one of several that serve the same model, and a draft model if one is given: a directory, or a loaded Drafter.
 
     `tokenizer`: a directory, or a Tokenizer; by default the draft's. Without either, prompts are lists of ids and texts are empty. `key`: a file
     that `specedge-edge keygen` made; servers whose address names their own key ask for it. Raises ServerError, AuthError, ModelError,
@@ -64,7 +59,7 @@ class Edge:
     """
 
     def __init__(
-        self, server: str, draft: str | Path | Drafter | None = None, *, tokenizer: str | Path | Tokenizer | None = None,
+        self, server: str | Sequence[str], draft: str | Path | Drafter | None = None, *, tokenizer: str | Path | Tokenizer | None = None,
         key: str | Path | None = None, config: DraftConfig | None = None, device: str | None = None, dtype: str | None = None,
         progress: bool = False,
     ) -> None:  # fmt: skip
@@ -79,7 +74,7 @@ class Edge:
         self.tokenizer = tokenizer or (draft.tokenizer if draft else None)
         if draft and draft.tokenizer and self.tokenizer and draft.tokenizer.digest() != self.tokenizer.digest():
             raise ServerError("the draft has another tokenizer than the one that was named: a draft must share the server's vocabulary")
-        self._address, self._key = server, key
+        self._servers, self._key = [server] if isinstance(server, str) else list(server), key
         self._commands: queue.SimpleQueue[tuple[Text, bool]] = queue.SimpleQueue()  # (text, begin or cancel)
         self._knock, self._door = socket.socketpair()  # wakes the worker's poll
         self._knock.setblocking(False)
@@ -148,7 +143,10 @@ class Edge:
         if self._closing:
             raise self._failure or ServerError("this edge is closed")
         assert params.seed is not None
-        text = Text(list(prompt), len(prompt), params, Output(self.tokenizer, len(prompt), params.seed, params.stop))
+        w = self.welcome
+        stop = sorted({*params.stop_ids, *(() if params.ignore_eos else w.eos_ids)})
+        rounds = Rounds(list(prompt), len(prompt), params, stop, w.vocab, w.limits.max_nodes, time.monotonic())
+        text = Text(rounds, Output(self.tokenizer, len(prompt), params.seed, params.stop))
         self._tell(text, True)
         return text
 
@@ -180,43 +178,52 @@ class Edge:
     def _run(self, started: "queue.SimpleQueue[wire.Welcome | BaseException]") -> None:
         digest = self.tokenizer.digest() if self.tokenizer else b""
         try:
-            self._connection = Connection(self._address, digest, self._key)
+            self._link = Link(self._servers, digest, self._key, self._wake)
         except BaseException as e:
             started.put(e)
             return
-        started.put(self._connection.welcome)
+        started.put(self._link.welcome)
         try:
             self._loop()
         except Exception as e:
             self._failure = e if isinstance(e, SpecedgeError) else ServerError(f"the edge failed: {type(e).__name__}: {e}")
             for text in list(self._texts.values()):
-                self._fail(text, self._failure)
+                text.inbox.put(self._failure)
         finally:
             self._closing = True
-            with contextlib.suppress(ServerError):
-                for text in list(self._texts.values()):
-                    text.inbox.put(ServerError("this edge was closed"))
-                    self._end(text, wire.Cancel(text.id))
-            self._connection.close()
+            for text in list(self._texts.values()):
+                text.inbox.put(ServerError("this edge was closed"))
+                self._end(text, wire.Cancel(text.id))
+            self._link.close()
             self._knock.close()
             self._door.close()
 
     def _loop(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._connection.socket, zmq.POLLIN)
-        poller.register(self._door, zmq.POLLIN)
         while not self._closing:
             self._take_commands()
-            for message, size in self._connection.receive():
+            if self._link.arrived():
+                for text in self._texts.values():
+                    text.rounds.connect(self._link.address, time.monotonic())
+            for message, size in self._link.receive():
                 self._handle(message, size)
-            self._chase()  # only now: after a stall the verdict may have been waiting in the socket
             for text in list(self._texts.values()):
-                if text.sent is None and (text.session is None or (self._drafter and self._drafter.ready(text.session))):
+                if text.rounds.sent is None and (text.session is None or (self._drafter and self._drafter.ready(text.session))):
                     self._submit(text)
-            grew = self._grow()
-            ready = dict(poller.poll(0 if grew else self._patience()))
-            if self._door.fileno() in ready:
-                self._door.recv(4096)
+                self._speak(text)  # only now: after a stall the verdict may have been waiting in the socket
+            self._rest(0.0 if self._grow() else 60.0)
+
+    def _rest(self, seconds: float) -> None:
+        """Wait for something to happen, or for the next moment at which a text has something to say."""
+        if self._link.up:
+            seconds = min([seconds, *(t.rounds.next - time.monotonic() for t in self._texts.values())])
+        elif self._texts:
+            seconds = min(seconds, 1.0)  # patience may end
+        poller = zmq.Poller()
+        for socket_ in (self._door, *self._link.sockets()):
+            poller.register(socket_, zmq.POLLIN)
+        ready = dict(poller.poll(math.ceil(max(0.0, seconds) * 1000)))
+        if self._door.fileno() in ready:
+            self._door.recv(4096)
 
     def _grow(self) -> bool:
         """One draft forward, if there is something to draft. A draft that fails is given up, and the server decodes alone: drafts are never in the
@@ -242,91 +249,78 @@ class Edge:
                 self._end(text, wire.Cancel(text.id))
 
     def _open(self, text: Text) -> None:
-        """Send the whole prompt, and begin to draft."""
-        w, p = self._connection.welcome, text.params
-        stop = sorted({*p.stop_ids, *(() if p.ignore_eos else w.eos_ids)})
-        assert p.seed is not None
-        first = wire.Open(
-            text.id, wire.pack_ids(text.tokens[: wire.FIRST]), len(text.tokens), text.prompt_len, pack_sampling(p), stop, p.max_tokens
-        )
-        if not self._texts:  # the server forgets who was idle, and ZeroMQ reconnects in silence: greet again
-            self._connection.greet()
+        """Begin to draft; the text is sent by `_speak`."""
+        if not self._texts:  # the server forgets who was idle: greet again
+            self._link.greet()
         self._texts[text.id] = text
-        self._send(text, first)
-        for at in range(wire.FIRST, len(text.tokens), wire.CHUNK):
-            self._send(text, wire.Prompt(text.id, at, wire.pack_ids(text.tokens[at : at + wire.CHUNK])))
-        text.budget = w.limits.max_nodes
+        r = text.rounds
+        if self._link.up:
+            r.connect(self._link.address, time.monotonic())
         if self._drafter is not None and self._drafter.config.tree_size:
-            text.session = self._drafter.open(text.tokens, p, text.prompt_len + p.max_tokens, frozenset(stop), w.vocab)
+            text.session = self._drafter.open(r.tokens, r.params, r.limit, frozenset(r.stop), r.vocab)
 
     def _submit(self, text: Text) -> None:
-        """Send the next round: the tree, or, where nothing can be drafted any more, leave to decode alone."""
+        """Begin the next round: the tree, or, where nothing can be drafted any more, leave to decode alone."""
         tree = EMPTY
         if text.session is not None and self._drafter is not None:
             if text.session.exhausted:
                 self._drafter.cancel(text.session)
                 text.session = None
             else:
-                tree = self._drafter.submit(text.session, min(self._drafter.config.tree_size, text.budget))
-        text.alone = text.session is None
-        text.round, text.sent, text.heard = text.round + 1, tree, time.monotonic()
-        self._send_round(text)
+                tree = self._drafter.submit(text.session, min(self._drafter.config.tree_size, text.rounds.budget))
+        text.rounds.offer(tree, text.session is None, time.monotonic())
 
-    def _send_round(self, text: Text) -> None:
-        assert text.sent is not None
-        until = text.prompt_len + text.params.max_tokens if text.alone else 0
-        tree = text.sent
-        text.resend = time.monotonic() + RESEND
-        self._send(text, wire.Draft(text.id, text.round, len(text.tokens), wire.pack_ids(tree.tokens), tree.parents.tobytes(), until))
+    def _speak(self, text: Text) -> None:
+        """Say what is due, and give up on a text that has not moved for too long."""
+        now = time.monotonic()
+        try:
+            text.rounds.check_patience(now, self._link.why)
+        except ServerError as e:
+            self._give_up(text, e)
+            return
+        if self._link.up:
+            for message in text.rounds.speak(now, self._link.welcome.lease_ms / 1000):
+                self._send(text, message)
 
     def _handle(self, message: wire.Message, size: int) -> None:
+        draining = isinstance(message, wire.GoAway) or (isinstance(message, wire.Error) and message.code == "draining")
+        if draining and self._link.others:
+            for session in self._texts:  # they go on elsewhere, and must not hold this server up
+                self._link.send(wire.Cancel(session))
+            self._link.lose(ServerError(f"{self._link.address} is going down"), elsewhere=True)
+            return
         text = self._texts.get(getattr(message, "session", b""))
         if text is None:
-            if isinstance(message, wire.Welcome) and message.model != self._connection.welcome.model:
-                raise ServerError(f"{self._connection.address} serves another model than before: connect again")
             if isinstance(message, wire.Error) and message.session == wire.NO_SESSION:
-                raise ServerError(f"the server refuses: {message.text}", message.code)
+                self._link.lose(ServerError(f"the server refuses: {message.text}", message.code))
             return  # of a text that has ended
-        text.heard = time.monotonic()
-        text.resend = text.heard + RESEND
         s = text.output.speculation
         text.output.speculation = replace(s, bytes_down=s.bytes_down + size)
-        if isinstance(message, wire.Verdict):
-            self._verdict(text, message)
-        elif isinstance(message, wire.Error):
-            self._give_up(text, ServerError(f"the server refuses: {message.text}", message.code))
-
-    def _verdict(self, text: Text, m: wire.Verdict) -> None:
-        """Check a verdict against the text and the tree, and take what is new of it."""
-        known = len(text.tokens)
-        if text.sent is None or m.round != text.round or m.base != known:
-            return  # of a round that is answered, or a gap, which the next resend closes
-        if not (m.row or m.tokens or m.finish):
-            return  # nothing new yet: the server lives, and has the round
+        if isinstance(message, wire.Error) and message.code == "hello":
+            self._link.greet()
         try:
-            tokens = wire.unpack_ids(m.tokens).tolist()
-            path = [int(text.sent.tokens[r - 1]) for r in text.sent.path(m.row)]
-        except (wire.WireError, IndexError):
-            tokens, path = [], []
-        if not tokens or max(tokens) >= self._connection.welcome.vocab or known + len(path) + len(tokens) > text.prompt_len + text.params.max_tokens:
-            self._give_up(text, ServerError("the server sent a verdict that does not continue this text"))
+            step = text.rounds.take(message, time.monotonic())
+        except ServerError as e:
+            self._give_up(text, e)
             return
+        if step is not None:
+            self._advance(text, step)
+
+    def _advance(self, text: Text, step: Step) -> None:
+        """Take what a verdict brought."""
         s = text.output.speculation
-        s = replace(s, rounds=s.rounds + 1, drafted=s.drafted + len(text.sent), accepted=s.accepted + len(path))
-        if text.session is not None and self._drafter is not None and not m.finish:
-            hit = self._drafter.verdict(text.session, m.row, tokens)
+        s = replace(s, rounds=s.rounds + 1, drafted=s.drafted + len(step.tree), accepted=s.accepted + len(step.path))
+        if text.session is not None and self._drafter is not None and not step.finish:
+            hit = self._drafter.verdict(text.session, step.row, step.tokens)
             s = replace(s, hits=s.hits + hit, misses=s.misses + (not hit))
         text.output.speculation = s
-        text.budget = m.row_budget
-        text.tokens += path + tokens
-        text.sent = EMPTY if text.alone else None
-        chunk = text.output.add(path + tokens, wire.FINISH[m.finish])
+        chunk = text.output.add(step.path + step.tokens, step.finish)
         text.inbox.put(chunk)
         if chunk.completion:  # perhaps before the server knows: stop strings are looked for here
             self._end(text, wire.Close(text.id))
 
     def _send(self, text: Text, message: wire.Message) -> None:
-        size = self._connection.send(message)
+        size = self._link.send(message)
         s = text.output.speculation
         text.output.speculation = replace(s, bytes_up=s.bytes_up + size)
 
@@ -335,33 +329,9 @@ class Edge:
         if self._texts.pop(text.id, None) is not None:
             if text.session is not None and self._drafter is not None:
                 self._drafter.cancel(text.session)
-            self._send(text, last)
-
-    def _fail(self, text: Text, error: SpecedgeError) -> None:
-        """End a text that the server holds no more, or that it cannot be told of."""
-        text.inbox.put(error)
-        if self._texts.pop(text.id, None) is not None and text.session is not None and self._drafter is not None:
-            self._drafter.cancel(text.session)
+            if text.rounds.known:
+                self._send(text, last)
 
     def _give_up(self, text: Text, error: SpecedgeError) -> None:
-        """End a text that the server may still hold."""
         text.inbox.put(error)
         self._end(text, wire.Cancel(text.id))
-
-    def _patience(self) -> int:
-        """Milliseconds until the next round may have to be sent again."""
-        flying = [t.resend for t in self._texts.values() if t.sent is not None]
-        return max(0, int((min(flying) - time.monotonic()) * 1000) + 1) if flying else 60_000
-
-    def _chase(self) -> None:
-        """Send rounds again that nobody answers, and give up on those that stay unanswered."""
-        now = time.monotonic()
-        for text in list(self._texts.values()):
-            if text.sent is None or now < text.resend:
-                continue
-            if now - text.heard > PATIENCE:
-                at = self._connection.address
-                self._give_up(text, ServerError(f"{at} has not answered for {PATIENCE:.0f} s: check the network and the server"))
-            else:
-                self._send_round(text)
-

@@ -23,6 +23,7 @@ from specedge.engine.engine import Engine
 from specedge.engine.texts import UseError
 from specedge.net import wire
 from specedge.net.auth import CURVE_EXTRA, Authenticator
+from specedge.net.quota import Quota
 from specedge.net.sessions import Peer, Reply, Sessions
 
 log = logging.getLogger(__name__)
@@ -73,11 +74,12 @@ class Server:
             raise ListenError(
                 f"{listen} can be reached from other machines, and traffic is not encrypted: give --keys, listen on 127.0.0.1, or pass --insecure"
             )
-        self._sessions = Sessions(engine, model)
+        self._sessions = Sessions(engine, model, quota=self._quota)
         self._engine = engine
         self._inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
         self._outbox: deque[Reply] = deque()
         self._started: queue.SimpleQueue[UseError | None] = queue.SimpleQueue()  # whether the engine could be had
+        self._drain: float | None = None  # seconds that the open sessions have, once that is decided
         self._stopping, self._silent = threading.Event(), threading.Event()  # end the engine's thread, then the network's
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -118,8 +120,9 @@ class Server:
         self._network_thread.start()
 
     def stop(self, drain: float = 0.0, hurry: threading.Event | None = None) -> None:
-        """Refuse new sessions, serve the open ones for up to `drain` seconds or until `hurry` is set, then end both threads."""
-        self._sessions.draining = True
+        """Tell all edges to go away and refuse new sessions, serve the open ones for up to `drain` seconds or until `hurry` is set, then end both
+        threads."""
+        self._drain = drain
         hurry, end = hurry or threading.Event(), time.monotonic() + drain
         while len(self._sessions) and time.monotonic() < end and not hurry.wait(0.02):
             pass
@@ -154,6 +157,11 @@ class Server:
     # ------------------------------------------------------------------------------------------------------------------
     # the engine's thread
 
+    def _quota(self, user: str) -> Quota:
+        """What the list of keys allows a user by now."""
+        grant = self._authenticator.users.get(user) if self._authenticator else None
+        return Quota(sessions=grant.sessions or Quota().sessions, kv_tokens=grant.kv_tokens or 0) if grant else Quota()
+
     def _engine_loop(self) -> None:
         try:
             with self._engine.guard:
@@ -167,7 +175,10 @@ class Server:
         wake.connect("inproc://wake")
         expire_at = 0.0
         while not self._stopping.is_set():
+            if self._drain is not None and not self._sessions.draining:
+                self._reply(wake, self._sessions.drain(time.monotonic(), self._drain))
             self._reply(wake, self._apply(idle=not self._engine.busy))
+            self._sessions.settle(time.monotonic())
             if self._engine.busy:
                 self._reply(wake, self._step())
             if (now := time.monotonic()) > expire_at:
@@ -189,11 +200,11 @@ class Server:
             for i in range(INBOX):
                 item = self._inbox.get(timeout=0.1) if idle and i == 0 else self._inbox.get_nowait()
                 if isinstance(item, frozenset):
-                    replies += self._sessions.revoke(item)
+                    replies += self._sessions.revoke(item, time.monotonic())
                     continue
                 peer, message = item
                 if message is None:
-                    self._sessions.forget(peer)
+                    self._sessions.forget(peer, time.monotonic())
                 else:
                     replies += self._sessions.handle(peer, message, time.monotonic())
         except queue.Empty:
@@ -241,7 +252,7 @@ class Server:
     def _send(self, peer: Peer, message: wire.Message) -> None:
         try:
             self._router.send_multipart([peer.route, wire.encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError:  # gone, or it does not read: its sessions end, nobody waits for it
+        except zmq.ZMQError:  # gone, or it does not read: its sessions lapse, nobody waits for it
             self._inbox.put((peer, None))
 
     def _receive(self) -> None:

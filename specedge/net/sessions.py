@@ -2,11 +2,13 @@
 
 Decoded messages go in, engine calls and answers come out; there is no socket, thread or clock of its own in here, so every rule is tested with plain
 calls. One thread, the engine's, uses it. Invariants: nothing unchecked reaches the engine; a round is answered once with one meaning, however
-often it is sent; an error ends the session that it names and touches no other. docs/protocol.md is the specification.
+often it is sent; an error ends the session that it names and touches no other; nobody reaches the session of another account.
+docs/protocol.md is the specification.
 """
 
 import logging
-from collections.abc import Set
+from collections import OrderedDict
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,16 +17,20 @@ from specedge.engine import request
 from specedge.engine.engine import Engine
 from specedge.engine.texts import RequestError
 from specedge.net import wire
+from specedge.net.quota import WAIT, Quota, Usage
 from specedge.net.sampling import unpack_sampling
 from specedge.net.wire import Error, Message
 from specedge.tree import MAX_NODES, TreeError
 
 log = logging.getLogger(__name__)
-SURVIVABLE = ("round", "base")  # errors that leave their session as it was
+SURVIVABLE = ("round", "base", "session")  # errors that leave their session as it was
+RETRY_FULL, RETRY_ROUND = 1000, 50  # milliseconds after which a place, or room for a round, may be free again
+MEMORY, REMEMBERED = 600.0, 4096  # for so many seconds, and so many of them, sessions that have lapsed are known
+Key = tuple[str, bytes]  # (user, session)
 
 
 class Peer(NamedTuple):
-    """One connection: the name that ROUTER gave it, and the public key that it has proven to hold, "" without keys."""
+    """One connection: the name that ROUTER gave it, and the public key that it has proven to hold, "" without keys. A user is an account."""
 
     route: bytes
     user: str = ""
@@ -41,33 +47,49 @@ class Refused(Exception):
         self.code, self.text = code, text
 
 
+class Full(Exception):
+    """A message that comes at a bad time: the sentence, and the milliseconds after which it may come again."""
+
+    def __init__(self, text: str, retry_ms: float) -> None:
+        super().__init__(text)
+        self.text, self.retry_ms = text, int(retry_ms)
+
+
 @dataclass(slots=True, eq=False)
 class Remote:
     """A session of one edge."""
 
-    peer: Peer
+    peer: Peer  # the connection that drives it
+    usage: Usage
     opened: wire.Open
     heard: float  # when it last said something
     tokens: list[int]  # what has come of its known tokens
+    round: int  # the last one that was taken
     sequence: request.Sequence | None = None  # in the engine, once all have
-    round: int = 0  # the last one that was taken
     flying: bool = False  # that round awaits its verdict
     taken: float = 0.0  # when it came
     last: wire.Verdict | None = None  # its answer
 
+    @property
+    def kv_tokens(self) -> int:
+        return self.opened.prompt_len + self.opened.max_tokens
+
 
 @dataclass(slots=True)
 class Sessions:
-    """The table of sessions over one engine. `lease` seconds of silence close a session."""
+    """The table of sessions over one engine. `lease` seconds of silence let a session lapse."""
 
     engine: Engine
     model: bytes = b""
     max_sessions: int = 256
-    lease: float = 600.0
-    draining: bool = False
+    lease: float = 30.0
+    quota: Callable[[str], Quota] = lambda _user: Quota()
+    _ends: float | None = None  # when the server does
     _peers: dict[Peer, float] = field(default_factory=dict)  # who has said HELLO, and when it was last heard
-    _table: dict[tuple[Peer, bytes], Remote] = field(default_factory=dict)
+    _table: dict[Key, Remote] = field(default_factory=dict)
     _owner: dict[request.Sequence, Remote] = field(default_factory=dict)
+    _lapsed: OrderedDict[Key, float] = field(default_factory=OrderedDict)  # when they did, the latest last
+    _usage: dict[str, Usage] = field(default_factory=dict)  # of every account that was ever here: as many as there are keys
 
     @property
     def _max_nodes(self) -> int:
@@ -76,23 +98,40 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._table)
 
+    @property
+    def draining(self) -> bool:
+        return self._ends is not None
+
     def handle(self, peer: Peer, message: Message, now: float) -> list[Reply]:
         """Take one message of `peer`; `now` in seconds of any steady clock."""
-        session = getattr(message, "session", wire.NO_SESSION)
+        session, number = getattr(message, "session", wire.NO_SESSION), getattr(message, "round", 0)
+        number = 0 if isinstance(message, wire.Open) else number
         try:
             return [(peer, m) for m in self._dispatch(peer, message, now)]
         except Refused as e:
             if e.code not in SURVIVABLE:
-                self._drop((peer, session))
-            return [(peer, Error(session, e.code, e.text[:300], getattr(message, "round", 0)))]
+                self._drop_own(peer, session)
+            return [(peer, Error(session, e.code, e.text[:300], number))]
+        except Full as e:
+            return [(peer, wire.Busy(session, e.retry_ms, e.text[:300], number))]
         except Exception:
             log.exception("a %s failed", type(message).__name__)
-            self._drop((peer, session))
+            self._drop_own(peer, session)
             return [(peer, Error(session, "internal", "the server failed on this session and dropped it: open it again"))]
 
     def verdicts(self, found: list[request.Verdict], now: float, spent: float) -> list[Reply]:
         """Messages for what a step of `spent` seconds found."""
         return [(r.peer, self._verdict(r, v, now, spent)) for v in found if (r := self._owner.get(v.sequence))]
+
+    def settle(self, now: float) -> None:
+        """Charge every account for what it used, before the next step."""
+        for usage in self._usage.values():
+            usage.settle(now)
+
+    def drain(self, now: float, seconds: float) -> list[Reply]:
+        """Take no new sessions from now on, and tell every edge how long the others have."""
+        self._ends = now + seconds
+        return [(peer, self._goaway(now)) for peer in self._peers]
 
     def end(self, code: str, text: str) -> list[Reply]:
         """Drop every session, telling its edge why."""
@@ -102,77 +141,124 @@ class Sessions:
         return [(r.peer, Error(key[1], code, text)) for key, r in lost]
 
     def expire(self, now: float) -> None:
-        """Close what has been silent for longer than its lease, and forget peers that have nothing open."""
+        """Let lapse what has been silent for longer than its lease, and forget peers that have nothing open."""
         for key in [k for k, r in self._table.items() if now - r.heard > self.lease and not r.flying]:
-            self._drop(key)
-        busy = {peer for peer, _ in self._table}
-        self._peers = {p: heard for p, heard in self._peers.items() if p in busy or now - heard <= self.lease}
+            self._lapse(key, now)
+        busy = {r.peer for r in self._table.values()}
+        for peer in [p for p, heard in self._peers.items() if p not in busy and now - heard > self.lease]:
+            self.forget(peer, now)
+        while self._lapsed and now - next(iter(self._lapsed.values())) > MEMORY:
+            self._lapsed.popitem(last=False)
 
-    def revoke(self, users: Set[str]) -> list[Reply]:
+    def revoke(self, users: Set[str], now: float) -> list[Reply]:
         """End every session of keys that are authorised no more, and forget their connections, telling both why."""
         text = "this key is not authorised any more, it was revoked or has expired: ask the operator of the server"
-        told: list[Reply] = [(peer, Error(session, "key", text)) for peer, session in self._table if peer.user in users]
+        told: list[Reply] = []
+        for key in [k for k in self._table if k[0] in users]:
+            told.append((self._table[key].peer, Error(key[1], "key", text)))
+            self._drop(key)
         for peer in [p for p in self._peers if p.user in users]:
             told.append((peer, Error(wire.NO_SESSION, "key", text)))
-            self.forget(peer)
+            self.forget(peer, now)
         return told
 
-    def forget(self, peer: Peer) -> None:
-        """Close all sessions of a peer that is gone."""
-        self._peers.pop(peer, None)
-        for key in [k for k in self._table if k[0] == peer]:
-            self._drop(key)
+    def forget(self, peer: Peer, now: float) -> None:
+        """Let lapse all sessions of a peer that is gone."""
+        if self._peers.pop(peer, None) is not None:
+            self._usage[peer.user].connections -= 1
+        for key in [k for k, r in self._table.items() if r.peer == peer]:
+            self._lapse(key, now)
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def _dispatch(self, peer: Peer, message: Message, now: float) -> list[Message]:
         if isinstance(message, wire.Hello):
-            return [self._hello(peer, message, now)]
+            return self._hello(peer, message, now)
         if peer not in self._peers:
             raise Refused("hello", "the first message of a connection must be HELLO")
         self._peers[peer] = now
         if isinstance(message, wire.Open):
             return self._open(peer, message, now)
-        if not isinstance(message, wire.Prompt | wire.Draft | wire.Cancel | wire.Close):
+        if not isinstance(message, wire.Prompt | wire.Draft | wire.Cancel | wire.Close | wire.Lease | wire.Resume):
             raise Refused("frame", f"{type(message).__name__} is not for a server")
-        key = (peer, message.session)
+        key = (peer.user, message.session)
         if isinstance(message, wire.Cancel | wire.Close):
             self._drop(key)
             return []
         remote = self._table.get(key)
-        if remote is None:
-            raise Refused("session", "this session is not open here: open it with its tokens")
+        if isinstance(message, wire.Resume):
+            return [self._resume(peer, key, remote, now)]
+        if remote is None or remote.peer != peer:
+            if isinstance(message, wire.Lease):
+                return []
+            raise Refused("session", "this connection has no such session open: resume it, or open it with its tokens")
         remote.heard = now
+        if isinstance(message, wire.Lease):
+            return []
         return self._prompt(remote, message) if isinstance(message, wire.Prompt) else self._draft(remote, message, now)
 
-    def _hello(self, peer: Peer, m: wire.Hello, now: float) -> Message:
-        tokenizer = self.engine.tokenizer.digest() if self.engine.tokenizer else b""
+    def _hello(self, peer: Peer, m: wire.Hello, now: float) -> list[Message]:
+        e, pool = self.engine, self.engine.pool
+        tokenizer = e.tokenizer.digest() if e.tokenizer else b""
         if m.tokenizer and tokenizer and m.tokenizer != tokenizer:
             raise Refused("tokenizer", "the draft's tokenizer is not the target's: use a draft with the same vocabulary, or none")
+        quota = self.quota(peer.user)
+        usage = self._usage.setdefault(peer.user, Usage(quota, request.Account(peer.user.encode())))
+        usage.quota = quota  # which may be another one by now
+        if peer not in self._peers:
+            if usage.connections >= quota.connections > 0:
+                raise Full(f"all {quota.connections} connections of this account are taken", RETRY_FULL)
+            usage.connections += 1
         self._peers[peer] = now
-        limits = wire.Limits(self._max_nodes, self.engine.runner.context, self.max_sessions)
-        build, pool, e = f"specedge {__version__}", self.engine.pool, self.engine
+        limits = wire.Limits(self._max_nodes, e.runner.context, min(self.max_sessions, quota.sessions or self.max_sessions))
         load = wire.Load(len(self._table), pool.available * pool.page_size, pool.total * pool.page_size)
-        return wire.Welcome(build, self.model, tokenizer, e.vocab, list(e.eos_ids), limits, int(self.lease * 1000), load)
+        build, lease = f"specedge {__version__}", int(self.lease * 1000)
+        welcome = wire.Welcome(build, self.model, tokenizer, e.vocab, list(e.eos_ids), limits, lease, load)
+        return [welcome, self._goaway(now)] if self.draining else [welcome]
 
     def _open(self, peer: Peer, m: wire.Open, now: float) -> list[Message]:
+        key, usage = (peer.user, m.session), self._usage[peer.user]
+        old = self._table.get(key)
+        if old is not None and old.peer == peer and old.opened == m:  # came twice
+            old.heard = now
+            return [wire.Opened(m.session, m.length)] if old.sequence is not None else []
         if self.draining:
             raise Refused("draining", "this server is shutting down: connect to another one")
-        key = (peer, m.session)
-        if key in self._table:
-            raise Refused("session", "a session of this name is open already")
-        if len(self._table) >= self.max_sessions:
-            raise Refused("full", f"all {self.max_sessions} sessions of this server are taken: try again later")
         if not 0 < m.prompt_len <= m.length < m.prompt_len + m.max_tokens:
             raise Refused("length", f"{m.length} known tokens, {m.prompt_len} of them the prompt, do not go with max_tokens {m.max_tokens}")
         if m.prompt_len + m.max_tokens > self.engine.runner.context:
             asked = f"{m.prompt_len} prompt tokens and max_tokens {m.max_tokens}"
             raise Refused("length", f"{asked} exceed this server's context of {self.engine.runner.context}: shorten one of them")
-        remote = self._table[key] = Remote(peer, m, now, [])
+        remote = Remote(peer, usage, m, now, [], m.round)
+        self._drop(key)  # an earlier life of it
+        self._admit(usage, remote)
+        self._table[key] = remote
+        usage.sessions += 1
+        usage.kv_tokens += remote.kv_tokens
         return self._known(remote, m.tokens)
 
+    def _admit(self, usage: Usage, r: Remote) -> None:
+        """Raise unless there is a place for one more session, by what it may need at most."""
+        quota = usage.quota
+        if r.kv_tokens > quota.kv_tokens > 0:
+            raise Refused("quota", f"prompt and max_tokens make {r.kv_tokens} tokens, this account may hold {quota.kv_tokens}: shorten one of them")
+        if len(self._table) >= self.max_sessions:
+            raise Full(f"all {self.max_sessions} sessions of this server are taken", RETRY_FULL)
+        if usage.sessions >= quota.sessions > 0:
+            raise Full(f"all {quota.sessions} sessions of this account are taken", RETRY_FULL)
+        if usage.kv_tokens + r.kv_tokens > quota.kv_tokens > 0:
+            raise Full(f"the open sessions of this account leave too little of its {quota.kv_tokens} tokens", RETRY_FULL)
+        self._afford(usage)
+
+    def _afford(self, usage: Usage) -> None:
+        if usage.wait > WAIT:
+            raise Full(f"this account has used up its rate for the next {usage.wait:.0f} s", min(1000 * usage.wait, 2**32 - 1))
+
     def _prompt(self, r: Remote, m: wire.Prompt) -> list[Message]:
-        if r.sequence is not None or m.offset != len(r.tokens):
+        ids = self._ids(m.tokens)
+        if r.opened.length >= m.offset + len(ids) and ids == r.tokens[m.offset : m.offset + len(ids)]:
+            return []  # came twice
+        if m.offset != len(r.tokens):
             raise Refused("offset", f"PROMPT starts at {m.offset}, but {len(r.tokens)} of {r.opened.length} tokens are here")
         return self._known(r, m.tokens)
 
@@ -187,14 +273,20 @@ class Sessions:
         o = r.opened
         try:
             params = unpack_sampling(o.sampling, o.max_tokens)
-            account = request.Account(r.peer.user.encode() or r.peer.route)  # what one key has computed serves its other connections too
-            r.sequence = self.engine.open(r.tokens, params, o.prompt_len, frozenset(o.stop_ids), account)
+            r.sequence = self.engine.open(r.tokens, params, o.prompt_len, frozenset(o.stop_ids), r.usage.payer)
         except RequestError as e:
             raise Refused("length", str(e)) from None
         except ValueError as e:
             raise Refused("sampling", str(e)) from None
         self._owner[r.sequence] = r
         return [wire.Opened(o.session, o.length)]
+
+    def _resume(self, peer: Peer, key: Key, r: Remote | None, now: float) -> Message:
+        """Hand a session over to the connection that asks for it, or say what has become of it."""
+        if r is None or r.sequence is None:
+            return wire.NeedPrefill(key[1]) if r is not None or key in self._lapsed else wire.Gone(key[1])
+        r.peer, r.heard = peer, now
+        return wire.Resumed(key[1], len(r.sequence.tokens), r.round)
 
     def _draft(self, r: Remote, m: wire.Draft, now: float) -> list[Message]:
         s = r.sequence
@@ -211,13 +303,16 @@ class Sessions:
             tree.check(self.engine.vocab)
         except (TreeError, wire.WireError) as e:
             raise Refused("tree", f"{e}") from None
+        if r.usage.in_flight >= r.usage.quota.in_flight > 0:
+            raise Full(f"{r.usage.in_flight} rounds of this account await their verdicts already", RETRY_ROUND)
+        self._afford(r.usage)
         r.round, r.taken = m.round, now
         if not s.finish:
             self.engine.run_until(s, min(m.run_until, s.limit))
         if m.base < len(s.tokens) or s.finish:
             return [self._catch_up(r, m.base)]
         self.engine.offer(s, tree)
-        r.flying = True
+        self._fly(r, True)
         return []
 
     def _repeat(self, r: Remote, m: wire.Draft) -> list[Message]:
@@ -246,8 +341,12 @@ class Sessions:
         )  # fmt: skip
         if r.flying:
             r.last = message
-        r.flying = False
+        self._fly(r, False)
         return message
+
+    def _goaway(self, now: float) -> Message:
+        assert self._ends is not None
+        return wire.GoAway(max(0, int((self._ends - now) * 1000)))
 
     def _ids(self, data: bytes) -> list[int]:
         try:
@@ -258,8 +357,31 @@ class Sessions:
             raise Refused("token", f"token {int(ids.max())} is outside the vocabulary of {self.engine.vocab}")
         return [int(i) for i in ids]
 
-    def _drop(self, key: tuple[Peer, bytes]) -> None:
-        remote = self._table.pop(key, None)
-        if remote is not None and remote.sequence is not None:
-            self._owner.pop(remote.sequence, None)
-            self.engine.cancel(remote.sequence)
+    def _fly(self, r: Remote, flying: bool) -> None:
+        r.usage.in_flight += flying - r.flying
+        r.flying = flying
+
+    def _lapse(self, key: Key, now: float) -> None:
+        """Drop a session whose edge is silent, and remember that there was one. Its full pages stay in the prefix cache, as all do."""
+        self._drop(key)
+        self._lapsed[key] = now
+        if len(self._lapsed) > REMEMBERED:
+            self._lapsed.popitem(last=False)
+
+    def _drop_own(self, peer: Peer, session: bytes) -> None:
+        """Drop a session if this connection drives it."""
+        key = (peer.user, session)
+        if key in self._table and self._table[key].peer == peer:
+            self._drop(key)
+
+    def _drop(self, key: Key) -> None:
+        self._lapsed.pop(key, None)
+        r = self._table.pop(key, None)
+        if r is None:
+            return
+        self._fly(r, False)
+        r.usage.sessions -= 1
+        r.usage.kv_tokens -= r.kv_tokens
+        if r.sequence is not None:
+            self._owner.pop(r.sequence, None)
+            self.engine.cancel(r.sequence)

@@ -20,7 +20,7 @@ from specedge.config import DraftConfig, EngineConfig, SamplingParams
 from specedge.engine.drafter import Drafter
 from specedge.engine.engine import Engine
 from specedge.engine.request import Completion
-from specedge.net import edge as edge_module
+from specedge.net import rounds as rounds_module
 from specedge.net import wire
 from specedge.net.client import Connection, ServerError
 from specedge.net.edge import Edge
@@ -46,6 +46,7 @@ class Fake:
 
     def __init__(self, script: "Callable[[Fake, Draft], Iterable[Answer]]", greeting: Iterable[Answer] = (WELCOME,)) -> None:
         self.script, self.greeting = script, greeting
+        self.answers: dict[type[Message], Callable[[Message], Iterable[Answer]]] = {}  # to what else comes
         self.heard: list[Message] = []
         self.ends: dict[bytes, int] = {}  # of every session, the length of its whole text
         self.first: dict[bytes, int] = {}  # and that of its prompt
@@ -85,6 +86,8 @@ class Fake:
         if isinstance(m, Open):
             self.first[m.session], self.ends[m.session] = m.prompt_len, m.prompt_len + m.max_tokens
             return [Opened(m.session, m.length)]
+        if type(m) in self.answers:
+            return self.answers[type(m)](m)
         return self.script(self, m) if isinstance(m, Draft) else []
 
 
@@ -117,7 +120,7 @@ def only_long(bad: Callable[[Fake, Draft], Iterable[Answer]]) -> Callable[[Fake,
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """An edge that asks again after 50 ms."""
-    monkeypatch.setattr(edge_module, "RESEND", 0.05)
+    monkeypatch.setattr(rounds_module, "RESEND", 0.05)
 
 
 @pytest.fixture
@@ -192,10 +195,11 @@ NEWER = bytes(encode(WELCOME)[:4]) + b"\2" + bytes(encode(WELCOME)[5:])
     ("greeting", "sentence", "code"),
     [
         ([Error(wire.NO_SESSION, "tokenizer", "use another draft")], "the server at specedge://[0-9.:]+ refuses: use another draft", "tokenizer"),
-        ([bytes(512)], "does not speak this protocol: the frame does not begin with SPEG", ""),
-        ([NEWER], "does not speak this protocol: protocol version 2 is spoken there", ""),
+        ([bytes(512)], "does not speak this protocol: the frame does not begin with SPEG", "protocol"),
+        ([NEWER], "does not speak this protocol: protocol version 2 is spoken there", "protocol"),
+        ([wire.Busy(bytes(16), 100, "too many are here")], "the server at specedge://[0-9.:]+ is busy: too many are here", ""),
     ],
-    ids=["refused", "stranger", "newer"],
+    ids=["refused", "stranger", "newer", "busy"],
 )
 def test_a_bad_greeting(greeting: list[Answer], sentence: str, code: str) -> None:
     with Fake(honest, greeting) as fake:
@@ -358,8 +362,8 @@ def test_garbage_ends_the_edge(garbage: bytes) -> None:
     with Fake(speak) as fake, Edge(fake.address) as edge:
         other = background(edge.generate, [[1]], TEN)
         assert arrived.wait(PATIENCE)
-        ends_with(background(edge.generate, [[1, 2, 3]], TEN), f"{fake.address} does not speak this protocol: ")
-        ends_with(other, f"{fake.address} does not speak this protocol: ")
+        ends_with(background(edge.generate, [[1, 2, 3]], TEN), f"{fake.address} does not speak this protocol: ", "protocol")
+        ends_with(other, f"{fake.address} does not speak this protocol: ", "protocol")
         until(lambda: edge._closing, "the end")
         with pytest.raises(ServerError, match=f"{fake.address} does not speak this protocol: "):
             edge.generate([[1]], TEN)
@@ -428,7 +432,7 @@ def test_nothing_new_is_no_lie(hasty: None) -> None:
 
 def test_patience_ends(hasty: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the text that hears nothing; one that does goes on."""
-    monkeypatch.setattr(edge_module, "PATIENCE", 1.0)
+    monkeypatch.setattr(rounds_module, "PATIENCE", 1.0)
     with Fake(only_long(silent)) as fake, Edge(fake.address) as edge:
         begun = time.monotonic()
         bad = background(edge.generate, [[1, 2, 3]], TEN)
@@ -441,7 +445,7 @@ def test_patience_ends(hasty: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("why", ["a lie", "silence"])
 def test_a_text_that_is_given_up_is_cancelled(hasty: None, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    monkeypatch.setattr(edge_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(rounds_module, "PATIENCE", 0.1)
     with Fake(silent if why == "silence" else lambda fake, m: [verdict(fake, m, row=9)]) as fake, Edge(fake.address) as edge:
         with pytest.raises(ServerError):
             edge.generate([[1]], TEN)
@@ -451,8 +455,9 @@ def test_a_text_that_is_given_up_is_cancelled(hasty: None, monkeypatch: pytest.M
         assert Cancel(first) in fake.heard
 
 
-def test_a_server_that_goes_away(hasty: None) -> None:
-    """Texts end with a sentence when the connection stays lost for as long as a greeting may take."""
+def test_a_server_that_goes_away(hasty: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts end with a sentence when the connection stays lost for as long as patience lasts."""
+    monkeypatch.setattr(rounds_module, "PATIENCE", 1.0)
     fake = Fake(silent)
     try:
         with Edge(fake.address) as edge:
@@ -460,7 +465,7 @@ def test_a_server_that_goes_away(hasty: None) -> None:
             until(lambda: len({m.session for m in fake.of(Draft) if isinstance(m, Draft)}) == 2, "both rounds")
             fake.stop()
             for text in texts:
-                ends_with(text, f"the connection to {fake.address} is lost: check the network and that specedge-server runs")
+                ends_with(text, f"given up after 1 s: no server at {fake.address}: Connection refused; check the address and that specedge-server")
     finally:
         fake.stop()
 
@@ -474,14 +479,16 @@ def test_a_finished_text_is_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lose(edge: Edge, kind: type[Message], monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection of `edge` is found lost when a message of `kind` is sent."""
-    send = edge._connection.send
+    connection = edge._link._connection
+    assert connection is not None
+    send = connection.send
 
     def fails(message: Message) -> int:
         if isinstance(message, kind):
             raise ServerError("the connection is lost")
         return send(message)
 
-    monkeypatch.setattr(edge._connection, "send", fails)
+    monkeypatch.setattr(connection, "send", fails)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,13 +19,14 @@ from specedge.config import SamplingParams
 from specedge.engine.engine import Engine
 from specedge.engine.pages import PageTable
 from specedge.net import wire
+from specedge.net.quota import Quota
 from specedge.net.sessions import Peer, Sessions
-from specedge.net.wire import Cancel, Close, Draft, Error, Hello, Message, Open, Opened, Prompt, Verdict, Welcome, pack_ids, unpack_ids
+from specedge.net.wire import Busy, Cancel, Close, Draft, Error, GoAway, Hello, Message, Open, Opened, Prompt, Verdict, Welcome, pack_ids, unpack_ids
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree, make_tree
 from tests.helpers import TINY, check_empty, engine, random_model
 
-ADA, BOB = Peer(b"\0ada!"), Peer(b"\0bob!")
+ADA, BOB = Peer(b"\0ada!", "ada"), Peer(b"\0bob!", "bob")
 X, Y, Z = (bytes([i]) * 16 for i in (1, 2, 3))  # sessions
 MODEL, NONE = b"m" * 32, wire.NO_SESSION
 VOCAB = TINY["vocab_size"]
@@ -118,11 +119,11 @@ class Desk:
 @pytest.fixture
 def desk(models: tuple[Engine, Engine]) -> Iterator[Desk]:
     """ADA and BOB have said HELLO. Afterwards everything is cancelled, and nothing may be left."""
-    desk = Desk(*models, Sessions(models[0], MODEL))
+    desk = Desk(*models, Sessions(models[0], MODEL, lease=600.0))
     desk.hello(ADA, BOB)
     yield desk
-    desk.sessions.forget(ADA)
-    desk.sessions.forget(BOB)
+    desk.sessions.forget(ADA, desk.now)
+    desk.sessions.forget(BOB, desk.now)
     assert len(desk.sessions) == 0
     check_empty(desk.engine)
 
@@ -190,7 +191,7 @@ def test_tokenizers_must_be_the_same(models: tuple[Engine, Engine], monkeypatch:
         (welcome,) = desk.say(Hello("test", digest))
         assert isinstance(welcome, Welcome) and welcome.tokenizer == b"t" * 32
     desk.open()
-    desk.sessions.forget(ADA)
+    desk.sessions.forget(ADA, desk.now)
 
 
 def test_hello_is_cheap(models: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,17 +432,16 @@ FAULTS: dict[str, tuple[str, list[Message], list[Message]]] = {  # name: (code, 
     "context": ("length", [], [opening(max_tokens=CONTEXT - len(PROMPT) + 1)]),
     "context by far": ("length", [], [opening(max_tokens=2**32 - 1)]),
     "gap in the prompt": ("offset", [opening(first=pack_ids(PROMPT[:2]))], [Prompt(X, 3, pack_ids(PROMPT[3:]))]),
-    "prompt twice": ("offset", [opening(first=pack_ids(PROMPT[:2]))], [Prompt(X, 0, pack_ids(PROMPT[:2]))]),
+    "prompt twice, and not the same": ("offset", [opening(first=pack_ids(PROMPT[:2]))], [Prompt(X, 0, pack_ids(PROMPT[1:3]))]),
     "OPEN with too many": ("offset", [], [opening(length=len(PROMPT) - 1, prompt_len=1)]),
     "PROMPT with too many": ("offset", [opening(first=pack_ids(PROMPT[:2]))], [Prompt(X, 2, pack_ids(PROMPT))]),
-    "PROMPT after all": ("offset", [opening()], [Prompt(X, len(PROMPT), b"")]),
+    "PROMPT after all": ("offset", [opening()], [Prompt(X, len(PROMPT), pack_ids([1]))]),
     "round before all": ("offset", [opening(first=pack_ids(PROMPT[:2]))], [drafting()]),
     "half a token in OPEN": ("frame", [], [opening(first=b"\1\0\0\0\2")]),
     "half a token in PROMPT": ("frame", [opening(first=b"")], [Prompt(X, 0, b"\1\0\0")]),
     "OPENED": ("frame", [opening()], [Opened(X, 3)]),
     "VERDICT": ("frame", [opening()], [Verdict(X, 0, 1, 0, b"", 0, 0, 0, 0, 0)]),
     "ERROR": ("frame", [opening()], [Error(X, "code", "a text that is long enough")]),
-    "OPEN twice": ("session", [opening()], [opening()]),
     "PROMPT unknown": ("session", [], [Prompt(X, 0, b"")]),
     "DRAFT unknown": ("session", [], [drafting()]),
     "DRAFT after CANCEL": ("session", [opening(), Cancel(X)], [drafting()]),
@@ -475,7 +475,7 @@ def test_a_fault_during_a_round_ends_that_round(desk: Desk) -> None:
         assert desk.draft(until=until) == []
         desk.step()
         assert desk.engine.busy
-        refused(desk.say(Prompt(X, 0, b"")), "offset")
+        refused(desk.say(Prompt(X, 1000, b"")), "offset")
         check_empty(desk.engine)
         assert desk.step() == []
 
@@ -488,7 +488,9 @@ def test_a_full_house(desk: Desk) -> None:
     desk.sessions.max_sessions = 2
     desk.open(X)
     desk.open(X, peer=BOB)
-    refused(desk.say(opening(Y)), "full", Y)
+    (busy,) = desk.say(opening(Y))
+    assert busy == Busy(Y, 1000, "all 2 sessions of this server are taken")
+    refused(desk.say(drafting(Y)), "session", Y, 1)
     assert len(desk.sessions) == 2
     desk.say(Close(X), BOB)
     desk.open(Y)
@@ -496,10 +498,12 @@ def test_a_full_house(desk: Desk) -> None:
 
 
 def test_a_server_that_goes_down(desk: Desk) -> None:
-    """What is open may end; what is new is refused, also at HELLO's side of the door."""
+    """Every edge is told, also who comes later. What is open may end; what is new is refused."""
     desk.open(X)
     assert desk.say(opening(Y, first=pack_ids(PROMPT[:1]))) == []
-    desk.sessions.draining = True
+    assert desk.sessions.drain(desk.now, 10) == [(ADA, GoAway(10_000)), (BOB, GoAway(10_000))]
+    desk.now += 4
+    assert [m for m in desk.say(Hello("late", b""), Peer(b"late", "ada")) if not isinstance(m, Welcome)] == [GoAway(6_000)]
     refused(desk.say(opening(Z)), "draining", Z)
     assert desk.say(Prompt(Y, 1, pack_ids(PROMPT[1:]))) == [Opened(Y, len(PROMPT))]
     desk.texts[Y] = list(PROMPT)
@@ -509,14 +513,16 @@ def test_a_server_that_goes_down(desk: Desk) -> None:
 def test_the_order_of_the_checks(desk: Desk) -> None:
     """Of several faults the first in the order of the protocol is named."""
     everything = opening(X, [VOCAB], prompt_len=0)
-    desk.open(X)
-    refused(desk.say(everything), "session")
+    desk.sessions._usage["ada"].quota = Quota(kv_tokens=1)
     desk.sessions.max_sessions = 0
-    refused(desk.say(everything), "full")
-    desk.sessions.draining = True
+    desk.sessions.drain(desk.now, 9)
     refused(desk.say(everything), "draining")
-    desk.sessions.max_sessions, desk.sessions.draining = 9, False
+    desk.sessions._ends = None
     refused(desk.say(everything), "length")
+    refused(desk.say(opening(X, [VOCAB])), "quota")
+    desk.hello(ADA)
+    assert [type(m) for m in desk.say(opening(X, [VOCAB]))] == [Busy]
+    desk.sessions.max_sessions = 9
     refused(desk.say(opening(X, [VOCAB])), "token")
     everything = drafting(X, 9, 999, [VOCAB], [7])
     refused(desk.say(everything), "session", X, 9)
@@ -638,33 +644,33 @@ def test_a_peer_that_is_gone(desk: Desk) -> None:
     desk.draft(Y, 1, until=CONTEXT)
     desk.open(X, peer=BOB)
     assert len(desk.step()) == 2
-    desk.sessions.forget(ADA)
+    desk.sessions.forget(ADA, desk.now)
     assert len(desk.sessions) == 1
     refused(desk.say(drafting(X, 2)), "hello", X, 2)
     assert desk.finish(X, peer=BOB) == desk.ids()
-    desk.sessions.forget(BOB)
+    desk.sessions.forget(BOB, desk.now)
     check_empty(desk.engine)
-    desk.sessions.forget(Peer(b"nobody"))
+    desk.sessions.forget(Peer(b"nobody"), desk.now)
 
 
 def test_a_key_that_is_revoked(desk: Desk) -> None:
     """Whatever it has open, on all its connections; each is told for every session and once for itself, and is a stranger from then on."""
-    one, two, other = Peer(b"1", "ann"), Peer(b"2", "ann"), Peer(b"3", "bob")
+    one, two, other = Peer(b"1", "ann"), Peer(b"2", "ann"), Peer(b"3", "eve")
     desk.hello(one, two, other)
     desk.open(X, peer=one)
     desk.open(Y, peer=one)
     desk.open(X, peer=other)
     desk.draft(X, 1, until=CONTEXT, peer=one)
-    told = [(peer, m.session, m.code) for peer, m in desk.sessions.revoke({"ann", "eve"}) if isinstance(m, Error)]
+    told = [(peer, m.session, m.code) for peer, m in desk.sessions.revoke({"ann", "sid"}, desk.now) if isinstance(m, Error)]
     assert sorted(told) == sorted([(one, X, "key"), (one, Y, "key"), (one, NONE, "key"), (two, NONE, "key")])
-    assert desk.sessions.revoke({"ann"}) == [] and len(desk.sessions) == 1
+    assert desk.sessions.revoke({"ann"}, desk.now) == [] and len(desk.sessions) == 1
     refused(desk.say(drafting(X, 2), one), "hello", X, 2)
     assert desk.finish(X, peer=other) == desk.ids()
-    desk.sessions.forget(other)
+    desk.sessions.forget(other, desk.now)
 
 
 def test_a_key_shares_what_it_has_computed_with_itself(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages of a prompt that one connection left serve another of the same key, and nobody else."""
+    """Pages of a prompt that one connection left serve another of the same key, and nobody else; without keys all are one account."""
     tokens, shared, begin = [i % VOCAB for i in range(40)], [], desk.engine.pool.open
 
     def spy(tokens: list[int], salt: bytes) -> tuple[PageTable, int]:
@@ -673,12 +679,12 @@ def test_a_key_shares_what_it_has_computed_with_itself(desk: Desk, monkeypatch: 
         return table, found
 
     monkeypatch.setattr(desk.engine.pool, "open", spy)
-    for peer in (Peer(b"1", "ann"), Peer(b"2", "ann"), Peer(b"2", "bob"), Peer(b"2"), Peer(b"3")):
+    for peer in (Peer(b"1", "ann"), Peer(b"2", "ann"), Peer(b"2", "eve"), Peer(b"2"), Peer(b"3")):
         desk.hello(peer)
         desk.open(X, tokens, peer)
         assert desk.finish(X, 1, peer) == desk.ids(tokens)
         desk.say(Close(X), peer)
-    assert shared == [0, 32, 0, 0, 0]
+    assert shared == [0, 32, 0, 0, 32]
 
 
 def test_sessions_belong_to_their_peer(desk: Desk) -> None:
@@ -939,8 +945,8 @@ class Machine(RuleBasedStateMachine):
             assert len(self.desk.sessions) == 0
             check_empty(self.desk.engine)
         finally:
-            self.desk.sessions.forget(ADA)
-            self.desk.sessions.forget(BOB)
+            self.desk.sessions.forget(ADA, self.desk.now)
+            self.desk.sessions.forget(BOB, self.desk.now)
 
 
 def test_honest_clients_get_their_text(models: tuple[Engine, Engine]) -> None:

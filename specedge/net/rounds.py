@@ -1,0 +1,185 @@
+"""Rounds: what an edge says about one text, when, and what it believes of the answers.
+
+The other side of sessions.py, and like it without socket, thread, model or clock of its own: messages go out and come in. One state machine serves
+the first opening, repeats, reconnects, restarted servers and other servers alike, for all of them are answered by saying again what the
+server does not know. Invariant: the text grows by nothing but verdicts that continue it, so whatever is lost, late or twice, it is the target's own.
+docs/protocol.md is the specification.
+"""
+
+import random
+import secrets
+from dataclasses import dataclass, field
+
+from specedge.config import SamplingParams
+from specedge.net import wire
+from specedge.net.client import ServerError
+from specedge.net.sampling import pack_sampling
+from specedge.tree import EMPTY, TokenTree
+
+RESEND = 3.0  # seconds without an answer after which the same is said again; servers answer a repeat as they did before
+PATIENCE = 60.0  # seconds without movement after which a text is given up
+REBUILDS = 5  # of a session without a new token in between, after which its server is believed
+WHILE_DRAINING = 1.0  # seconds after which a server that is going down may be another one
+REBUILD = ("session", "offset", "round", "base", "internal")  # codes that a session opened anew is the answer to
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a verdict brought: the path to `row` of the tree, and what follows it."""
+
+    row: int
+    path: list[int]
+    tokens: list[int]
+    finish: str
+    tree: TokenTree
+
+
+@dataclass(slots=True, eq=False)
+class Rounds:
+    """The session of one text whose first `prompt_len` tokens are the prompt."""
+
+    tokens: list[int]
+    prompt_len: int
+    params: SamplingParams  # with a seed
+    stop: list[int]
+    vocab: int
+    budget: int  # nodes that the server wants at most
+    heard: float  # when the server last said something that helps
+    id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    round: int = 0
+    sent: TokenTree | None = None  # awaits its verdict
+    alone: bool = False  # the server decodes by itself and streams
+    why: str = ""  # what holds the text up
+    _open: bool = False  # the server has, or is about to have, the session
+    _asked: bool = False  # it may have it, and was asked
+    _server: str = ""  # where it was opened last
+    _at: float = 0.0  # when to speak next
+    _rebuilds: int = 0
+
+    @property
+    def limit(self) -> int:
+        """Length at which max_tokens ends the text."""
+        return self.prompt_len + self.params.max_tokens
+
+    def connect(self, server: str, now: float) -> None:
+        """A new connection to `server` stands: ask there for the session, or open it where it has never been."""
+        self._open, self._asked = False, server == self._server
+        self._server, self._at = server, now
+
+    def offer(self, tree: TokenTree, alone: bool, now: float) -> None:
+        """Begin the next round. `alone`: the server is to decode on by itself."""
+        self.round, self.sent, self.alone = self.round + 1, tree, alone
+        if self._open:
+            self._at = self.heard = now
+
+    @property
+    def known(self) -> bool:
+        """Whether the server may have the session."""
+        return self._open or self._asked
+
+    @property
+    def next(self) -> float:
+        """When `speak` will have something to say."""
+        return self._at
+
+    def speak(self, now: float, lease: float) -> list[wire.Message]:
+        """What has to be said by now; nothing, most of the time. `lease`: seconds for which the session may be silent."""
+        if now < self._at:
+            return []
+        self._at = now + RESEND
+        if self._asked:
+            return [wire.Resume(self.id)]
+        messages = [] if self._open else self._opening()
+        self._open = True
+        if self.sent is not None:
+            messages.append(self._draft(self.sent))
+        elif not messages:
+            messages.append(wire.Lease(self.id))
+        if self.sent is None:
+            self._at = now + lease / 3
+        return messages
+
+    def check_patience(self, now: float, why: str) -> None:
+        """Raise ServerError if nothing has moved for too long; `why`: what is known of the connection, "" if it stands."""
+        if now - self.heard <= PATIENCE or (self._open and self.sent is None and not why):  # or it is the edge itself that takes its time
+            return
+        if reason := why or self.why:
+            raise ServerError(f"given up after {PATIENCE:.0f} s: {reason}")
+        raise ServerError(f"{self._server} has not answered for {PATIENCE:.0f} s: check the network and the server")
+
+    def take(self, m: wire.Message, now: float) -> Step | None:
+        """Believe a message, as far as it fits. Raises ServerError when the text cannot go on."""
+        match m:
+            case wire.Verdict():
+                return self._verdict(m, now)
+            case wire.Opened():
+                self.heard = now
+            case wire.Resumed() if self._asked:
+                self._asked, self.heard = False, now
+                # a session that is not where this text left it belongs to a connection that was overtaken
+                self._open = m.length >= len(self.tokens) and self.round - 1 <= m.round <= self.round
+                self._at = now
+            case wire.NeedPrefill() | wire.Gone() if self._asked:
+                self._asked, self._open, self._at = False, False, now
+            case wire.Busy() if m.round in (0, self.round):
+                self.why = m.text
+                self._open = self._open and m.round > 0
+                self._at = now + m.retry_ms / 1000 * random.uniform(1, 2)
+            case wire.Error() if m.round in (0, self.round):
+                self._error(m, now)
+        return None
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _opening(self) -> list[wire.Message]:
+        """OPEN with all tokens; the round that awaits its verdict is the next one."""
+        answered = self.round - (self.sent is not None)
+        first = wire.pack_ids(self.tokens[: wire.FIRST])
+        messages: list[wire.Message] = [
+            wire.Open(
+                self.id, first, len(self.tokens), self.prompt_len, pack_sampling(self.params), self.stop, self.params.max_tokens, answered
+            )
+        ]
+        for at in range(wire.FIRST, len(self.tokens), wire.CHUNK):
+            messages.append(wire.Prompt(self.id, at, wire.pack_ids(self.tokens[at : at + wire.CHUNK])))
+        return messages
+
+    def _draft(self, tree: TokenTree) -> wire.Message:
+        until = self.limit if self.alone else 0
+        return wire.Draft(self.id, self.round, len(self.tokens), wire.pack_ids(tree.tokens), tree.parents.tobytes(), until)
+
+    def _verdict(self, m: wire.Verdict, now: float) -> Step | None:
+        known = len(self.tokens)
+        if m.round == self.round:
+            self.heard, self._at = now, now + RESEND
+        if self.sent is None or m.round != self.round or m.base != known:
+            return None  # of a round that is answered, or a gap, which the next repeat closes
+        if not (m.row or m.tokens or m.finish):
+            return None  # nothing new yet: the server lives, and has the round
+        try:
+            tokens = wire.unpack_ids(m.tokens).tolist()
+            path = [int(self.sent.tokens[r - 1]) for r in self.sent.path(m.row)]
+        except (wire.WireError, IndexError):
+            tokens, path = [], []
+        if not tokens or max(tokens) >= self.vocab or known + len(path) + len(tokens) > self.limit:
+            raise ServerError("the server sent a verdict that does not continue this text")
+        step = Step(m.row, path, tokens, wire.FINISH[m.finish], self.sent)
+        self.tokens += path + tokens
+        self.budget, self.why, self._rebuilds = m.row_budget, "", 0
+        self.sent = EMPTY if self.alone else None
+        return step
+
+    def _error(self, m: wire.Error, now: float) -> None:
+        if m.code == "hello":  # forgotten, perhaps with its session
+            self._asked, self._open, self._at = True, False, now
+        elif m.code == "draining":
+            self.why, self._open = m.text, False
+            self._at = now + WHILE_DRAINING * random.uniform(1, 2)
+        elif m.code not in REBUILD:
+            raise ServerError(f"the server refuses: {m.text}", m.code)
+        elif self._open:  # else it is known already that the server lacks it
+            self._rebuilds += 1
+            if self._rebuilds > REBUILDS:
+                raise ServerError(f"the server refuses: {m.text}", m.code)
+            self._open = False
+            self._at = now + (random.uniform(0, 0.05 * 2**self._rebuilds) if self._rebuilds > 1 else 0.0)

@@ -1,0 +1,429 @@
+"""Rounds against Sessions: the two sides of the protocol, without sockets, over a network that does everything networks do.
+
+Messages are lost, repeated, overtake each other and arrive after their connection has ended; connections break unseen, leases end, the server is
+restarted, goes down, is full and stumbles, texts are cancelled. The text of every edge is at every moment a beginning of what the target alone gives,
+and when the network gets well all of them are whole and nothing is left in the engine.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
+
+from specedge.config import SamplingParams
+from specedge.engine.engine import Engine
+from specedge.net import rounds as rounds_module
+from specedge.net.client import ServerError
+from specedge.net.quota import Quota
+from specedge.net.rounds import PATIENCE, REBUILDS, RESEND, Rounds
+from specedge.net.sessions import Peer, Sessions
+from specedge.net.wire import (
+    Busy,
+    Cancel,
+    Close,
+    Draft,
+    Error,
+    Gone,
+    Hello,
+    Lease,
+    Message,
+    NeedPrefill,
+    Open,
+    Opened,
+    Prompt,
+    Resume,
+    Resumed,
+    Verdict,
+    pack_ids,
+)
+from specedge.tree import EMPTY, make_tree
+from tests.helpers import check_empty, engine, random_model
+from tests.net.test_sessions import VOCAB, likely
+
+GREEDY = SamplingParams(max_tokens=10, seed=1)
+LEASE = 30.0
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Engine]:
+    """The engine under the sessions, and the oracle."""
+    path = random_model(tmp_path_factory.mktemp("target"), seed=3)
+    return engine(path, kv_tokens=2048, page_size=16, max_rows=48), engine(path, kv_tokens=1024, page_size=16)
+
+
+def begin(tokens: list[int] | None = None, params: SamplingParams = GREEDY, now: float = 0.0) -> Rounds:
+    tokens = tokens or [1, 2, 3]
+    return Rounds(tokens, len(tokens), params.with_seed(), [], VOCAB, 255, now)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# single answers
+
+
+@pytest.fixture
+def opened() -> Iterator[Rounds]:
+    """A text whose first round is under way on server a."""
+    r = begin()
+    r.connect("a", 0.0)
+    r.offer(make_tree([5, 6], [0, 1]), False, 0.0)
+    assert [type(m) for m in r.speak(0.0, LEASE)] == [Open, Draft]
+    assert r.speak(RESEND - 0.01, LEASE) == [] and r.next == RESEND
+    yield r
+
+
+def verdict(r: Rounds, number: int = 1, base: int = 3, row: int = 0, tokens: tuple[int, ...] = (9,)) -> Verdict:
+    return Verdict(r.id, number, base, row, pack_ids(list(tokens)), 1, 0, 31, 0, 0)
+
+
+def kinds(r: Rounds, now: float) -> list[type[Message]]:
+    return [type(m) for m in r.speak(now, LEASE)]
+
+
+def test_the_same_is_said_again(opened: Rounds) -> None:
+    again = opened.speak(RESEND, LEASE)
+    assert again == opened.speak(2 * RESEND, LEASE) == [Draft(opened.id, 1, 3, pack_ids([5, 6]), bytes([0, 1]), 0)]
+
+
+def test_a_round_survives_a_reconnect(opened: Rounds) -> None:
+    """The tree that awaits its verdict goes out again as it was."""
+    opened.connect("a", 5.0)
+    assert opened.speak(5.0, LEASE) == [Resume(opened.id)] == opened.speak(5.0 + RESEND, LEASE)
+    opened.take(Resumed(opened.id, 3, 0), 9.0)
+    assert opened.speak(9.0, LEASE) == [Draft(opened.id, 1, 3, pack_ids([5, 6]), bytes([0, 1]), 0)]
+    step = opened.take(verdict(opened, row=2), 9.5)
+    assert step is not None and (step.row, step.path, step.tokens, step.finish, len(step.tree)) == (2, [5, 6], [9], "", 2)
+    assert opened.tokens == [1, 2, 3, 5, 6, 9]
+
+
+@pytest.mark.parametrize("answer", [NeedPrefill, Gone])
+def test_a_session_is_rebuilt(opened: Rounds, answer: type[NeedPrefill]) -> None:
+    opened.take(verdict(opened), 1.0)
+    opened.offer(EMPTY, False, 1.0)
+    opened.connect("a", 5.0)
+    opened.speak(5.0, LEASE)
+    opened.take(answer(opened.id), 6.0)
+    first, draft = opened.speak(6.0, LEASE)
+    assert isinstance(first, Open) and (first.tokens, first.prompt_len, first.round) == (pack_ids([1, 2, 3, 9]), 3, 1)
+    assert isinstance(draft, Draft) and (draft.round, draft.base) == (2, 4)
+    opened.take(answer(opened.id), 7.0)  # once more, late
+    assert kinds(opened, 7.0) == []
+
+
+def test_another_server_is_not_asked(opened: Rounds) -> None:
+    opened.connect("b", 5.0)
+    assert kinds(opened, 5.0) == [Open, Draft]
+
+
+@pytest.mark.parametrize(("length", "number"), [(2, 1), (3, 2), (9, 9)])
+def test_a_session_that_is_elsewhere_is_rebuilt(opened: Rounds, length: int, number: int) -> None:
+    opened.connect("a", 5.0)
+    opened.speak(5.0, LEASE)
+    opened.take(Resumed(opened.id, length, number), 6.0)
+    assert kinds(opened, 6.0) == [Open, Draft]
+
+
+def test_busy_is_respected(opened: Rounds) -> None:
+    """With a random part on top; what had followed at once and was refused does not matter."""
+    opened.take(Busy(opened.id, 2000, "full"), 1.0)
+    opened.take(Error(opened.id, "session", "not open here", 1), 1.0)
+    assert 3.0 <= opened.next <= 5.0 and kinds(opened, 2.99) == []
+    assert kinds(opened, 5.0) == [Open, Draft]
+    opened.take(Busy(opened.id, 2000, "full", 1), 6.0)
+    assert kinds(opened, 7.99) == [] and kinds(opened, 10.0) == [Draft]
+    assert len({(opened.take(Busy(opened.id, 2000, "full", 1), 20.0), opened.next) for _ in range(9)}) > 1
+
+
+def test_old_errors_do_not_matter(opened: Rounds) -> None:
+    opened.take(verdict(opened), 1.0)
+    opened.offer(EMPTY, False, 1.0)
+    opened.speak(1.0, LEASE)
+    for code in ("round", "base", "session", "tree"):
+        opened.take(Error(opened.id, code, "of a late copy", 1), 2.0)
+    assert kinds(opened, 2.0) == []
+
+
+@pytest.mark.parametrize("code", ["session", "round", "base", "offset", "internal"])
+def test_rebuilding_has_an_end(opened: Rounds, code: str) -> None:
+    """And what is new in the text begins the count anew."""
+    now, base = 1.0, 3
+    for _ in range(2):
+        for _ in range(REBUILDS):
+            opened.take(Error(opened.id, code, "no", opened.round), now)
+            now += 10
+            assert kinds(opened, now) == [Open, Draft]
+        opened.take(verdict(opened, opened.round, base), now)
+        opened.offer(EMPTY, False, now)
+        base += 1
+        opened.speak(now, LEASE)
+    with pytest.raises(ServerError, match="the server refuses: no") as e:
+        for _ in range(REBUILDS + 1):
+            opened.take(Error(opened.id, code, "no"), now)
+            now += 10
+            opened.speak(now, LEASE)
+    assert e.value.code == code
+
+
+@pytest.mark.parametrize("code", ["token", "length", "tree", "quota", "sampling", "frame", "something new"])
+def test_what_a_repeat_cannot_help_ends_the_text(opened: Rounds, code: str) -> None:
+    with pytest.raises(ServerError, match="the server refuses: no") as e:
+        opened.take(Error(opened.id, code, "no"), 1.0)
+    assert e.value.code == code
+
+
+def test_a_slow_draft_keeps_its_lease(opened: Rounds) -> None:
+    opened.take(verdict(opened), 1.0)
+    assert kinds(opened, 4.0) == [Lease] and opened.next == 4.0 + LEASE / 3
+    opened.check_patience(1000.0, "")
+    opened.offer(EMPTY, False, 1000.0)
+    assert kinds(opened, 1000.0) == [Draft]
+
+
+def test_patience(opened: Rounds) -> None:
+    opened.check_patience(PATIENCE, "")
+    with pytest.raises(ServerError, match="^a has not answered for 60 s: check the network and the server$"):
+        opened.check_patience(PATIENCE + 1, "")
+    opened.take(Busy(opened.id, 1, "too many people here"), 50.0)
+    with pytest.raises(ServerError, match="^given up after 60 s: too many people here$"):
+        opened.check_patience(PATIENCE + 1, "")
+    with pytest.raises(ServerError, match="^given up after 60 s: no connection$"):
+        opened.check_patience(PATIENCE + 1, "no connection")
+    opened.take(Opened(opened.id, 3), 50.0)
+    opened.check_patience(PATIENCE + 1, "")
+
+
+def test_a_server_that_goes_down_is_asked_again_later(opened: Rounds) -> None:
+    opened.take(Error(opened.id, "draining", "going down"), 1.0)
+    assert kinds(opened, 1.9) == [] and kinds(opened, 3.0) == [Open, Draft]
+
+
+def test_who_was_forgotten_asks(opened: Rounds) -> None:
+    opened.take(Error(opened.id, "hello", "who are you", 1), 1.0)
+    assert kinds(opened, 1.0) == [Resume]
+
+
+def test_a_long_text_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds_module.wire, "CHUNK", 7)
+    monkeypatch.setattr(rounds_module.wire, "FIRST", 5)
+    r = begin(list(range(20)))
+    r.connect("a", 0.0)
+    assert [(type(m), getattr(m, "offset", 0)) for m in r.speak(0.0, LEASE)] == [(Open, 0), (Prompt, 5), (Prompt, 12), (Prompt, 19)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# everything at once
+
+
+@dataclass(eq=False)
+class Client:
+    """One text, its present connection, and what is on its way on this and on earlier ones."""
+
+    rounds: Rounds
+    goal: list[int]
+    user: str
+    peer: Peer
+    finished: bool = False
+    up: list[tuple[Peer, Message]] = field(default_factory=list)
+    down: list[Message] = field(default_factory=list)
+
+
+class Machine(RuleBasedStateMachine):
+    clients = Bundle("clients")
+    engines: tuple[Engine, Engine]
+    truths: dict[str, list[int]] = {}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine, self.oracle = self.engines
+        self.now = 0.0
+        self.names = count(1)
+        self.alive: list[Client] = []
+        self.broken: set[Peer] = set()
+        self.serve()
+
+    def serve(self) -> None:
+        self.sessions = Sessions(self.engine, lease=LEASE, quota=lambda _: Quota(sessions=3, in_flight=2, rows_per_s=60))
+
+    def truth(self, prompt: list[int], params: SamplingParams) -> list[int]:
+        key = str((prompt, params))
+        if key not in self.truths:
+            self.truths[key] = prompt + self.oracle.generate([prompt], params)[0].token_ids
+        return self.truths[key]
+
+    # -- what the network does --
+
+    def connect(self, c: Client) -> None:
+        """A new connection, greeted at once: the network has no power over greetings that anybody would notice."""
+        c.peer = Peer(next(self.names).to_bytes(4, "big"), c.user)
+        self.deliver(c.peer, Hello("test", b""))
+        c.rounds.connect("server", self.now)
+
+    def deliver(self, peer: Peer, m: Message) -> None:
+        for to, answer in self.sessions.handle(peer, m, self.now):
+            self.post(to, answer)
+
+    def post(self, peer: Peer, m: Message) -> None:
+        """What a server sends arrives at the present connection of its client, or nowhere."""
+        if peer in self.broken:
+            self.sessions.forget(peer, self.now)
+            return
+        for c in self.alive:
+            if c.peer == peer and getattr(m, "session", c.rounds.id) == c.rounds.id:
+                c.down.append(m)
+
+    def speak(self, c: Client) -> None:
+        c.up += [(c.peer, m) for m in c.rounds.speak(self.now, LEASE)]
+
+    def take(self, c: Client, m: Message) -> None:
+        if c.finished or c not in self.alive:
+            return
+        if isinstance(m, Error) and m.code == "hello":
+            self.deliver(c.peer, Hello("test", b""))
+        try:
+            step = c.rounds.take(m, self.now)
+        except ServerError as e:  # only after as many failures in a row as a text may have
+            assert e.code in rounds_module.REBUILD and c.rounds._rebuilds > REBUILDS
+            self.alive.remove(c)
+            self.deliver(c.peer, Cancel(c.rounds.id))
+            return
+        if step is not None:
+            c.finished = bool(step.finish)
+        assert c.finished == (len(c.rounds.tokens) == len(c.goal))
+
+    @rule(
+        target=clients, length=st.sampled_from([1, 6, 60]), seed=st.sampled_from([0, 5]), most=st.sampled_from([1, 9, 30]),
+        user=st.sampled_from(["ada", "bob"]),
+    )  # fmt: skip
+    def begin(self, length: int, seed: int, most: int, user: str) -> Client:
+        prompt = [(length + 7 * i) % VOCAB for i in range(length)]
+        params = SamplingParams(0.8 if seed else 0.0, most, seed)
+        c = Client(begin(list(prompt), params, self.now), self.truth(prompt, params), user, Peer(b""))
+        self.alive.append(c)
+        self.connect(c)
+        return c
+
+    @rule(c=clients, right=st.integers(0, 12), alone=st.booleans())
+    def draft(self, c: Client, right: int, alone: bool) -> None:
+        if c.rounds.sent is None and not c.finished:
+            c.rounds.offer(EMPTY if alone else likely(c.goal[len(c.rounds.tokens) :][:right]), alone, self.now)
+
+    @rule(c=clients)
+    def say(self, c: Client) -> None:
+        self.speak(c)
+
+    @rule(c=clients, which=st.integers(0, 3), fate=st.sampled_from(["arrives", "arrives", "arrives", "arrives, and stays", "is lost"]))
+    def up(self, c: Client, which: int, fate: str) -> None:
+        if c.up:
+            peer, m = c.up[which % len(c.up)]
+            if fate != "arrives, and stays":
+                c.up.remove((peer, m))
+            if fate != "is lost" and c in self.alive:
+                self.deliver(peer, m)
+
+    @rule(c=clients, which=st.integers(0, 3), fate=st.sampled_from(["arrives", "arrives", "arrives twice", "is lost"]))
+    def down(self, c: Client, which: int, fate: str) -> None:
+        if c.down:
+            m = c.down.pop(which % len(c.down))
+            for _ in range({"arrives": 1, "arrives twice": 2, "is lost": 0}[fate]):
+                self.take(c, m)
+
+    @rule(c=clients, seen=st.booleans(), kept=st.booleans())
+    def reconnect(self, c: Client, seen: bool, kept: bool) -> None:
+        """`seen`: the server finds out when it next sends there. `kept`: messages of the old connection still come in."""
+        if seen:
+            self.broken.add(c.peer)
+        if not kept:
+            c.up.clear()
+            c.down.clear()
+        self.connect(c)
+
+    @rule(times=st.integers(1, 4))
+    def step(self, times: int) -> None:
+        for _ in range(times):
+            self.now += 0.01
+            self.sessions.settle(self.now)
+            for peer, m in self.sessions.verdicts(self.engine.step(), self.now, 0.01):
+                self.post(peer, m)
+
+    @rule(seconds=st.sampled_from([0.5, 3.1, 11.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.sessions.expire(self.now)
+
+    @rule()
+    def stumble(self) -> None:
+        for peer, m in self.sessions.end("internal", "a step failed"):
+            self.post(peer, m)
+
+    @rule(down=st.booleans())
+    def restart(self, down: bool) -> None:
+        """With a drain that is too short for everybody, or without a word."""
+        told = [*self.sessions.drain(self.now, 1.0), *self.sessions.end("draining", "the server is going down")]
+        for peer, m in told if down else []:
+            self.post(peer, m)
+        self.serve()
+        for c in self.alive:
+            self.connect(c)
+
+    @rule(c=consumes(clients))
+    def cancel(self, c: Client) -> None:
+        if c in self.alive:
+            self.alive.remove(c)
+            self.deliver(c.peer, Cancel(c.rounds.id))
+
+    @invariant()
+    def sound(self) -> None:
+        self.engine.pool.check()
+        for c in self.alive:
+            assert c.rounds.tokens == c.goal[: len(c.rounds.tokens)]
+        for user, usage in self.sessions._usage.items():
+            mine = [r for (u, _), r in self.sessions._table.items() if u == user]
+            assert (usage.sessions, usage.kv_tokens, usage.in_flight) == (len(mine), sum(r.kv_tokens for r in mine), sum(r.flying for r in mine))
+
+    def teardown(self) -> None:
+        """The network gets well: every text comes to its end, and nothing is left behind."""
+        try:
+            for c in self.alive:
+                c.up.clear()
+                c.down.clear()
+            for _ in range(200):
+                for c in self.alive:
+                    if c.rounds.sent is None and not c.finished:
+                        c.rounds.offer(EMPTY, True, self.now)
+                    if not c.finished:
+                        self.speak(c)
+                    while c.up:
+                        self.deliver(*c.up.pop(0))
+                self.step(8)
+                for c in list(self.alive):
+                    while c.down:
+                        self.take(c, c.down.pop(0))
+                    if c.finished:
+                        self.deliver(c.peer, Close(c.rounds.id))
+                self.now += 0.7
+                self.sessions.expire(self.now)
+                if all(c.finished for c in self.alive):
+                    break
+            assert [c.rounds.tokens for c in self.alive] == [c.goal for c in self.alive]
+            for _ in range(100):  # late messages may have opened sessions of texts that were cancelled: they end with their leases
+                self.step(8)
+                self.now += 1.0
+                self.sessions.expire(self.now)
+            assert len(self.sessions) == 0
+            check_empty(self.engine)
+        finally:
+            self.sessions.end("internal", "the end")
+
+
+def test_texts_come_through_whatever_happens(models: tuple[Engine, Engine]) -> None:
+    Machine.engines = models
+    run_state_machine_as_test(Machine, settings=settings(max_examples=25, stateful_step_count=50, deadline=None, database=None))
+
+
+@pytest.mark.full
+def test_texts_come_through_at_length(models: tuple[Engine, Engine]) -> None:
+    Machine.engines = models
+    run_state_machine_as_test(Machine, settings=settings(max_examples=400, stateful_step_count=80, deadline=None, database=None))
