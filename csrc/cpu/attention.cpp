@@ -1,13 +1,15 @@
 // Attention of rows over pages and over the row buffer: prompt chunks, single rows and trees in one call.
 //
-// Knows nothing of sequences. Invariant: a query visits its visible keys in order of absolute position, and what is computed for it depends
-// on that list alone: a score is a sum over d in order; maximum and sum of exponentials fold sixteen lanes by place in the list; the output
-// is a sum over the keys in order. So one row = tree = chunk = batch and pages = row buffer, bit for bit. A key that a query does not see
-// is never multiplied by zero, it is not visited: NaN and inf stay where they are.
+// Knows nothing of sequences. Invariant: what is computed for a query depends on the list of its visible keys, by absolute position, and on
+// nothing else: whatever is taken together or reordered (pairs, sixteen lanes, tiles, chunks) is so by place in that list. So one row = tree =
+// chunk = batch and pages = row buffer, bit for bit. A key that a query does not see is not multiplied by zero, it is not visited: NaN and
+// inf stay where they are.
 //
-// Work is cut into tasks (segment, kv head, block of rows). The lists of a block's rows share a run in the middle (the pages, and the row
-// keys that all of a causal block see); before it lies what a window still shows to some, behind it what each row sees alone (its path).
-// Keys go by tiles of 64, which all queries of the block use while they are in L1.
+// Work is cut into tasks (segment, kv head, block of rows). A block goes through its lists by chunks: scores of the chunk's keys tile by tile
+// (all rows use a tile while it is in L1), softmax, sum of the values tile by tile. The largest score so far counts as zero: where a chunk
+// raises it, the sums of the chunks before are scaled down.
+// Multiplications take words: a float or two bf16, as they lie in memory. So in bf16 the softmax weights are rounded too, as in transformers;
+// they are summed after it and add up to one. Output x errs by at most 2^-8 (|x| + the weighted mean of |value|) before its own rounding.
 #include <algorithm>
 #include <vector>
 
@@ -16,90 +18,135 @@
 namespace specedge {
 namespace {
 
-constexpr int64_t QUERIES = 64;  // of a block: the scores of 4,096 keys are then 1 MB
-constexpr int64_t TILE = 64;     // keys
-constexpr int GROUP = 4;         // queries whose accumulators share the registers
+constexpr int64_t QUERIES = 64;  // of a block
+constexpr int64_t CHUNK = 512;   // places of a list
+constexpr int64_t TILE = 64;     // places of a chunk
 
-// Prefetching the next tile while this one is used: a page is too short for the hardware to see a stream. One decode row over 4,096 keys
-// in 24 layers' worth of memory, bf16, D 64, went from 540 to 405 us with G = 7 and from 381 to 267 us with G = 1.
+// A full chunk is visited as eight runs side by side: places 0, 64, 128 .. 448, 1, 65 .. A page is too short for the hardware to see a stream
+// and read ahead of it. Eight at once, and the next tile fetched to L2: one float32 decode row over 4,096 keys on pages in random order, in
+// 400 MB of memory, went from 5.9 to 11.9 GB/s (D 64) and from 6.0 to 10.7 (D 128), where a plain stream has 18. Fetching to L1 gives 8.
+constexpr int64_t RUNS = 8;
 
-// scores[i][k] = q[i] . key k, for N queries and TILES times 16 keys; `tile` is [TILES][dim][16]. The last store writes n - 16 (TILES - 1).
-template <class V, int N, int TILES>
-void dot(const float* const* q, const float* tile, int64_t dim, float* const* scores, int64_t n) {
-  V sum[N][TILES];
-  for (auto& row : sum)
-    for (V& x : row) x = V::set(0);
-  for (int64_t d = 0; d < dim; d++) {
-    V key[TILES];
-    for (int t = 0; t < TILES; t++) key[t] = V::load(tile + (t * dim + d) * LANES);
-    for (int i = 0; i < N; i++)
-      for (int t = 0; t < TILES; t++) sum[i][t] = fma(V::set(q[i][d]), key[t], sum[i][t]);
+template <class T>
+constexpr int64_t PER_WORD = 4 / sizeof(T);
+
+// What a lane does with two words and a sum: of two products that of the later elements goes first. vdpbf16ps is defined to do just this, but
+// for subnormals, which it takes as zero. It is written as text because this file is built for processors that may not have it.
+struct Fma {
+  template <class V>
+  V operator()(V a, V b, V sum) const {
+    return fma(a, b, sum);
   }
-  for (int i = 0; i < N; i++)
-    for (int t = 0; t < TILES; t++) sum[i][t].store(scores[i] + t * LANES, int(std::min<int64_t>(LANES, n - t * LANES)));
+};
+struct Pairs {
+  template <class V>
+  V operator()(V a, V b, V sum) const {
+    return fma(low(a), low(b), fma(high(a), high(b), sum));
+  }
+};
+#ifdef __AVX512BW__
+struct Dpbf16 {
+  Avx512 operator()(Avx512 a, Avx512 b, Avx512 sum) const {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+    return sum;
+  }
+};
+#endif
+
+void prefetch(const void* x, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)x + i, 0, 2);  // 2: to L2, which has room for more misses at once
 }
 
-// out[i][d] += sum over k of p[i][k] * value k [d], for N queries, n values, and CHUNKS times 16 of d from `at`, the last one `lanes` wide.
-template <class V, int N, int CHUNKS, class T>
-void weigh(const float* const* p, const T* const* value, const T* const* next, int64_t n, int64_t at, int lanes, float* const* out) {
-  V sum[N][CHUNKS];
-  for (int i = 0; i < N; i++)
-    for (int c = 0; c < CHUNKS; c++) sum[i][c] = V::load(out[i] + at + c * LANES);
-  for (int64_t k = 0; k < n; k++) {
-    if (next)
-      for (int c = 0; c < CHUNKS * LANES; c += int(64 / sizeof(T))) __builtin_prefetch(next[k] + at + c);
-    V v[CHUNKS];
-    for (int c = 0; c < CHUNKS; c++) v[c] = CHUNKS == 1 ? V::load(value[k] + at, lanes) : V::load(value[k] + at + c * LANES);
-    for (int i = 0; i < N; i++)
-      for (int c = 0; c < CHUNKS; c++) sum[i][c] = fma(V::set(p[i][k]), v[c], sum[i][c]);
-  }
-  for (int i = 0; i < N; i++)
-    for (int c = 0; c < CHUNKS; c++) sum[i][c].store(out[i] + at + c * LANES);
-}
-
-// keys [n][dim] -> tile [ceil(n / 16)][dim][16]; lanes from n on repeat the last key, and nobody reads what becomes of them.
-template <class V, class T>
-void turn(const T* const* key, const T* const* next, int64_t n, int64_t dim, float* tile) {
-  for (int64_t t = 0; t < n; t += LANES)
-    for (int64_t d = 0; d < dim; d += LANES) {
-      const int lanes = int(std::min<int64_t>(LANES, dim - d));
-      V r[LANES];
-      for (int i = 0; i < LANES; i++) {
-        __builtin_prefetch(next[t + i] + d);
-        r[i] = V::load(key[std::min(t + i, n - 1)] + d, lanes);
-      }
-      transpose(r);
-      for (int i = 0; i < lanes; i++) r[i].store(tile + t * dim + (d + i) * LANES);
+// scores[i * CHUNK + k] = q[i] . key[k] * scale for queries from .. to of a vector, and 16 keys of steps * PARTS words. `q` is [steps][16], a
+// vector of PARTS words of each of 16 / PARTS queries: so keys are multiplied as they lie, PARTS words at a time.
+template <class V, class Dot, int PARTS, class T>
+void dot(const float* q, const T* const* key, int64_t steps, float scale, int64_t from, int64_t to, float* scores) {
+  V r[LANES];
+  for (int i = 0; i < LANES; i += V::KEYS) {
+    V sum[V::KEYS];
+    for (V& x : sum) x = V::set(0);
+    for (int64_t j = 0; j < steps; j++) {
+      const V x = V::load(q + j * LANES);
+      for (int k = 0; k < V::KEYS; k++) sum[k] = Dot()(x, V::template repeat<PARTS>(key[i + k] + j * PARTS * PER_WORD<T>), sum[k]);
     }
+    std::copy_n(sum, V::KEYS, r + i);
+  }
+  transpose(r);
+  for (int64_t i = from; i < to; i++) {
+    V sum = r[i * PARTS];
+    for (int p = 1; p < PARTS; p++) sum = sum + r[i * PARTS + p];
+    (sum * V::set(scale)).store(scores + i * CHUNK);
+  }
 }
 
-// scores -> exp(score - maximum) in place, returns their sum; writes up to the next multiple of 16.
+// Elements d .. d + n, n <= 32, of the values whose weights share a word.
 template <class V>
-float soften(float* s, int64_t n) {
+void values(const float* const* value, int64_t d, int n, V& x, V& y) {
+  x = V::load(value[0] + d, std::min(n, LANES)), y = n > LANES ? V::load(value[0] + d + LANES, n - LANES) : V::set(0);
+}
+template <class V>
+void values(const bf16* const* value, int64_t d, int n, V& even, V& odd) {
+  zip(value[0] + d, value[1] + d, n, even, odd);
+}
+
+// The 32 sums that `values` leads to, to their places.
+template <class V>
+void finish(V x, V y, float* to, int n) {
+  x.store(to, std::min(n, LANES));
+  if (n > LANES) y.store(to + LANES, n - LANES);
+}
+template <class V>
+void finish(V even, V odd, bf16* to, int n) {
+  unzip(even, odd, to, n);
+}
+
+// out[i][d] += sum over k of p[i * CHUNK + k] * value[k][d], for N queries and n values; `out` is [N][width] in the order of `values`.
+template <class V, class Dot, int N, class T>
+void weigh(const T* p, const T* const* value, const T* const* next, int64_t n, int64_t dim, float* out, int64_t width) {
+  for (int64_t d = 0; d < dim; d += 2 * LANES) {
+    const int lanes = int(std::min<int64_t>(2 * LANES, dim - d));
+    V sum[N][2];
+    for (int i = 0; i < N; i++)
+      for (int c = 0; c < 2; c++) sum[i][c] = V::load(out + i * width + d + c * LANES);
+    for (int64_t k = 0; k < n; k += PER_WORD<T>) {
+      if (next)
+        for (int64_t j = 0; j < PER_WORD<T>; j++) prefetch(next[k + j] + d, 2 * LANES * sizeof(T));
+      V v[2];
+      values(value + k, d, lanes, v[0], v[1]);
+      for (int i = 0; i < N; i++) {
+        const V x = V::template repeat<1>(p + i * CHUNK + k);
+        for (int c = 0; c < 2; c++) sum[i][c] = Dot()(x, v[c], sum[i][c]);
+      }
+    }
+    for (int i = 0; i < N; i++)
+      for (int c = 0; c < 2; c++) sum[i][c].store(out + i * width + d + c * LANES);
+  }
+}
+
+// scores -> weights exp(score - top), zero from n to the next multiple of 16; top rises to the largest score. Returns their sum.
+template <class V, class T>
+float soften(float* scores, int64_t n, float& top, T* p) {
   const int64_t end = (n + LANES - 1) / LANES * LANES;
-  std::fill(s + n, s + end, -std::numeric_limits<float>::infinity());
-  V top = V::load(s);
-  for (int64_t i = LANES; i < end; i += LANES) top = max(top, V::load(s + i));
+  std::fill(scores + n, scores + end, -std::numeric_limits<float>::infinity());
+  V most = V::load(scores);
+  for (int64_t i = LANES; i < end; i += LANES) most = max(most, V::load(scores + i));
   float lane[LANES];
-  top.store(lane);
-  top = V::set(*std::max_element(lane, lane + LANES));
+  most.store(lane);
+  top = std::max(top, *std::max_element(lane, lane + LANES));
   V total = V::set(0);
   for (int64_t i = 0; i < end; i += LANES) {
-    const V e = exp(V::load(s + i) - top);
-    e.store(s + i);
-    total = total + e;
+    exp(V::load(scores + i) - V::set(top)).store(p + i);
+    total = total + V::load(p + i);
   }
   return sum(total);
 }
 
-template <class F>
-void by_groups(int64_t n, F f) {
-  for (int64_t i = 0; i < n; i += GROUP) switch (n - i) {
-      case 1: f.template operator()<1>(i); break;
-      case 2: f.template operator()<2>(i); break;
-      case 3: f.template operator()<3>(i); break;
-      default: f.template operator()<GROUP>(i);
-    }
+// f.operator()<n>() for the n in 1 .. N that is asked for.
+template <int N, class F>
+void with(int64_t n, F f) {
+  if constexpr (N > 1)
+    if (n < N) return with<N - 1>(n, f);
+  f.template operator()<N>();
 }
 
 struct Row {
@@ -108,132 +155,197 @@ struct Row {
   std::vector<int64_t> own;  // those behind the shared run, by position
 };
 
-// What a thread keeps from task to task: a fresh megabyte would cost its page faults every time.
+// What a thread keeps from task to task: fresh memory would cost its page faults every time.
+template <class T>
 struct Scratch {
   std::vector<Row> rows;
-  std::vector<float> floats, totals;
-  std::vector<float*> scores, out, p;
-  std::vector<const float*> q;
+  std::vector<float> q, scores, out, tops, totals;
+  std::vector<T> weights, nothing;
 };
 
+template <class X>
+X* room(std::vector<X>& v, int64_t n) {
+  if (int64_t(v.size()) < n) v.resize(n);
+  return v.data();
+}
+
 // Rows first .. first + count of a segment, with one kv head.
-template <class V, class T>
+template <class V, class T, class Dot>
 struct Block {
   const Attention<T>& a;
-  Scratch& s;
+  Scratch<T>& s;
   const int32_t* pages;
   int64_t q0, nq, k0, nk, prefix, causal, head, first, count;
-  int64_t group = a.heads / a.kv_heads, queries = count * group;
-  int64_t from = 0, to = 0;  // the shared run
-  const T *keys[2][TILE], **key = keys[0], **next = keys[1];  // addresses of a tile's keys and of those that come next
+  int64_t group = a.heads / a.kv_heads, queries = count * group, width = (a.dim + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
+  int64_t shared = 0, longest = 0;                            // end of the keys that all rows see; length of the longest list
+  const T *keys[2][TILE], **key = keys[0], **next = keys[1];  // addresses of a tile's keys (or values) and of those that come next
 
-  Block(const Attention<T>& args, Scratch& scratch, int64_t segment, int64_t kv_head, int64_t first_row, int64_t row_count)
+  Block(const Attention<T>& args, Scratch<T>& scratch, int64_t segment, int64_t kv_head, int64_t first_row, int64_t row_count)
       : a(args), s(scratch), pages(a.page_table + segment * a.table_width), head(kv_head), first(first_row), count(row_count) {
     const int32_t* x = a.segments + 6 * segment;
     q0 = x[0] + first, nq = x[1], k0 = x[2], nk = x[3], prefix = x[4], causal = x[5];
   }
 
   // Who sees what. Key t < prefix is token t of the pages, key prefix + j is row k0 + j: the common order.
-  int64_t list() {
+  void list() {
     const int32_t* k_pos = a.k_pos + k0;
     const int64_t ends = nk - nq + first + 1;  // causal: how many row keys the block's first row sees
     const bool ordered = causal && std::is_sorted(k_pos, k_pos + std::min(ends + count, nk));
-    to = prefix + (ordered ? ends : 0);
-    int64_t longest = 0;
+    shared = prefix + (ordered ? ends : 0);
     s.rows.resize(count);
     for (int64_t i = 0; i < count; i++) {
       Row& row = s.rows[i];
       const int64_t oldest = a.window > 0 ? a.q_pos[q0 + i] - a.window + 1 : INT32_MIN;
       row.begin = std::clamp<int64_t>(oldest, 0, prefix);
-      if (row.begin == prefix) row.begin += std::lower_bound(k_pos, k_pos + (to - prefix), oldest) - k_pos;
+      if (row.begin == prefix) row.begin += std::lower_bound(k_pos, k_pos + (shared - prefix), oldest) - k_pos;
       row.own.clear();
       const uint64_t* words = a.anc + (q0 + i) * a.anc_words;
-      for (int64_t j = to - prefix; j < (causal ? ends + i : nk); j++)
+      for (int64_t j = shared - prefix; j < (causal ? ends + i : nk); j++)
         if (k_pos[j] >= oldest && (causal || words[j / 64] >> j % 64 & 1)) row.own.push_back(prefix + j);
       const auto earlier = [&](int64_t x, int64_t y) { return k_pos[x - prefix] < k_pos[y - prefix]; };
       if (!ordered) std::stable_sort(row.own.begin(), row.own.end(), earlier);
-      row.length = to - row.begin + int64_t(row.own.size());
-      from = std::max(from, row.begin), longest = std::max(longest, row.length);
+      row.length = shared - row.begin + int64_t(row.own.size());
+      longest = std::max(longest, row.length);
     }
-    return longest;
   }
 
-  // key[0 .. n) = addresses of keys id, id + 1, .. or, if given, of ids[0 .. n), which lie behind the pages.
-  void locate(int64_t id, const int64_t* ids, int64_t n, const T* row_keys, const T* page_keys, const T** key) {
+  // Whether the chunk of `place` is full in this row's list, and so visited as several runs.
+  static bool full(const Row& row, int64_t place) { return place / CHUNK * CHUNK + CHUNK <= row.length; }
+
+  // How many keys a row has in the tile at `place`.
+  int64_t in_tile(const Row& row, int64_t place) { return std::clamp<int64_t>(row.length - place, 0, TILE); }
+
+  // Whether two rows see the same keys in the tile at `place`, all of them shared.
+  bool same(const Row& x, const Row& y, int64_t place) {
+    const bool whole = full(x, place);
+    return x.begin == y.begin && whole == full(y, place) && x.begin + (whole ? place / CHUNK * CHUNK + CHUNK : place + TILE) <= shared;
+  }
+
+  // at[0 .. in_tile) = addresses of the keys (values) that a row visits in the tile at `place`; the others = zeros.
+  void locate(const Row& row, int64_t place, bool of_values, const T** at) {
+    const int64_t chunk = place / CHUNK * CHUNK, n = in_tile(row, place);
+    if (full(row, place))
+      for (int64_t i = 0; i < RUNS; i++) locate_run(row, chunk + (CHUNK * i + place - chunk) / RUNS, TILE / RUNS, of_values, at + i, RUNS);
+    else
+      locate_run(row, place, n, of_values, at, 1), std::fill(at + n, at + TILE, s.nothing.data());
+  }
+  void locate_run(const Row& row, int64_t place, int64_t n, bool of_values, const T** at, int64_t step) {
+    const T *in_pages = of_values ? a.pages_v : a.pages_k, *in_rows = of_values ? a.rows_v : a.rows_k;
+    const int64_t id = row.begin + place;
     int64_t i = 0;
     while (i < n && id + i < prefix) {
-      const int64_t page = (id + i) / a.page_size, offset = (id + i) % a.page_size;
-      const T* at = page_keys + ((pages[page] * a.kv_heads + head) * a.page_size + offset) * a.dim;
-      for (const int64_t end = i + std::min({n - i, prefix - id - i, a.page_size - offset}); i < end; i++, at += a.dim) key[i] = at;
+      const int64_t page = (id + i) / a.page_size, token = (id + i) % a.page_size;
+      const T* x = in_pages + ((pages[page] * a.kv_heads + head) * a.page_size + token) * a.dim;
+      for (const int64_t end = i + std::min({n - i, prefix - id - i, a.page_size - token}); i < end; i++, x += a.dim) at[i * step] = x;
     }
-    for (; i < n; i++) key[i] = row_keys + ((k0 + (ids ? ids[i] : id + i) - prefix) * a.kv_heads + head) * a.dim;
+    for (; i < n; i++) {
+      const int64_t j = id + i < shared ? id + i : row.own[id + i - shared];
+      at[i * step] = in_rows + ((k0 + j - prefix) * a.kv_heads + head) * a.dim;
+    }
   }
 
-  // f(first query, queries, keys) for every tile, in the common order, with `key`, `next` and `p` (places among the scores) set.
+  // f(query, end, place, keys, what to prefetch or null) for the tiles of the chunk at `begin` and every run of rows that see the same keys
+  // there, with `key` set.
   template <class F>
-  void visit(const T* row_keys, const T* page_keys, F f) {
-    const auto run = [&](int64_t query, int64_t n_queries, int64_t id, const int64_t* ids, int64_t n) {
-      if (n > 0) locate(id, ids, std::min(TILE, n), row_keys, page_keys, next);
-      for (int64_t done = 0; done < n; done += TILE) {
-        std::swap(key, next);
-        const int64_t n_keys = std::min(TILE, n - done), n_next = std::clamp<int64_t>(n - done - TILE, 0, TILE), then = done + TILE;
-        locate(id + then, ids ? ids + then : nullptr, n_next, row_keys, page_keys, next);
-        std::fill(next + n_next, next + TILE, key[0]);
-        for (int64_t i = query; i < query + n_queries; i++) s.p[i] = s.scores[i] + id + done - s.rows[i / group].begin;
-        f(query, n_queries, n_keys);
+  void visit(int64_t begin, bool of_values, F f) {
+    for (int64_t place = begin; place < std::min(begin + CHUNK, longest); place += TILE) {
+      std::swap(key, next);  // the first row's tile was located when the one before it was visited
+      const int64_t then = place + TILE;
+      const bool last = then >= std::min(begin + CHUNK, longest);
+      locate(s.rows[0], last && !of_values ? begin : then, of_values != last, next);
+      for (int64_t i = 0, end; i < count; i = end) {
+        for (end = i + 1; end < count && same(s.rows[i], s.rows[end], place);) end++;
+        if (i) locate(s.rows[i], place, of_values, key);
+        const int64_t n = in_tile(s.rows[i], place);
+        if (n) f(i * group, end * group, place - begin, n, i ? nullptr : next);
       }
-    };
-    for (int64_t i = 0; i < count; i++) run(i * group, group, s.rows[i].begin, nullptr, from - s.rows[i].begin);
-    run(0, queries, from, nullptr, to - from);
-    for (int64_t i = 0; i < count; i++) run(i * group, group, to, s.rows[i].own.data(), int64_t(s.rows[i].own.size()));
+    }
+  }
+
+  int64_t offset(int64_t query) { return ((q0 + query / group) * a.heads + head * group + query % group) * a.dim; }
+
+  // The block's queries as `dot` wants them: [vectors][steps][16].
+  void pack(int64_t parts) {
+    float* to = room(s.q, (queries + LANES) * a.dim);
+    for (int64_t i = 0; i < queries; i += LANES / parts)
+      for (int64_t word = 0; word < a.dim / PER_WORD<T>; word += parts, to += LANES) {
+        std::fill_n(to, LANES, 0.0f);
+        for (int64_t j = 0; j < std::min(LANES / parts, queries - i); j++)
+          std::memcpy(to + j * parts, a.q + offset(i + j) + word * PER_WORD<T>, parts * sizeof(float));
+      }
+  }
+
+  template <int PARTS>
+  void score(int64_t begin) {
+    constexpr int64_t SLOTS = LANES / PARTS;
+    const int64_t steps = a.dim / PER_WORD<T> / PARTS;
+    visit(begin, false, [&](int64_t query, int64_t end, int64_t at, int64_t n, const T* const* fetch) {
+      for (int64_t k = 0; k < n; k += LANES) {
+        if (fetch)
+          for (int64_t j = k; j < k + LANES; j++) prefetch(fetch[j], a.dim * sizeof(T));
+        for (int64_t i = query / SLOTS * SLOTS; i < end; i += SLOTS)
+          dot<V, Dot, PARTS>(s.q.data() + i * PARTS * steps, key + k, steps, a.scale, std::max<int64_t>(query - i, 0), std::min(end - i, SLOTS),
+                             s.scores.data() + i * CHUNK + at + k);
+      }
+    });
+  }
+
+  void soften_all(int64_t begin) {
+    for (int64_t i = 0; i < queries; i++) {
+      const int64_t n = std::min(s.rows[i / group].length - begin, CHUNK);
+      if (n <= 0) continue;
+      const float before = s.tops[i], total = soften<V>(s.scores.data() + i * CHUNK, n, s.tops[i], s.weights.data() + i * CHUNK);
+      if (begin && s.tops[i] > before) {
+        float scale[LANES] = {before - s.tops[i]};
+        exp(V::load(scale)).store(scale);
+        s.totals[i] *= *scale;
+        for (float* x = s.out.data() + i * width; x < s.out.data() + (i + 1) * width; x += LANES) (V::load(x) * V::set(*scale)).store(x);
+      }
+      s.totals[i] += total;
+    }
+  }
+
+  void weigh_all(int64_t begin) {
+    visit(begin, true, [&](int64_t query, int64_t end, int64_t at, int64_t n, const T* const* fetch) {
+      for (int64_t i = query; i < end; i += V::QUERIES, fetch = nullptr)
+        with<V::QUERIES>(end - i, [&]<int N>() {
+          weigh<V, Dot, N>(s.weights.data() + i * CHUNK + at, key, fetch, n, a.dim, s.out.data() + i * width, width);
+        });
+    });
   }
 
   void run() {
-    const int64_t width = (a.dim + LANES - 1) / LANES * LANES, length = (list() + LANES - 1) / LANES * LANES;
-    const size_t need = queries * (2 * width + length) + TILE * a.dim;
-    if (s.floats.size() < need) s.floats.resize(need);
-    float *out = s.floats.data(), *q = out + queries * width, *tile = q + queries * width, *scores = tile + TILE * a.dim;
-    s.scores.resize(queries), s.out.resize(queries), s.p.resize(queries), s.q.resize(queries), s.totals.resize(queries);
-    std::fill_n(out, queries * width, 0.0f);
-    const auto place = [&](int64_t i) { return ((q0 + i / group) * a.heads + head * group + i % group) * a.dim; };
-    for (int64_t i = 0; i < queries; i++) {
-      s.scores[i] = scores + i * length, s.out[i] = out + i * width, s.q[i] = q + i * width;
-      for (int64_t d = 0; d < a.dim; d++) q[i * width + d] = to_float(a.q[place(i) + d]) * a.scale;
+    list();
+    // How many words of a query share a vector with those of others: a function of the model's shape alone, for a score is summed accordingly.
+    int64_t parts = LANES / int64_t(std::bit_ceil(uint64_t(std::min<int64_t>(group, LANES))));
+    while (a.dim / PER_WORD<T> % parts) parts /= 2;
+    pack(parts);
+    room(s.scores, queries * CHUNK), room(s.weights, queries * CHUNK), room(s.nothing, a.dim);
+    s.out.assign(queries * width, 0), s.totals.assign(queries, 0), s.tops.assign(queries, std::numeric_limits<float>::lowest());
+    locate(s.rows[0], 0, false, next);
+    for (int64_t begin = 0; begin < longest; begin += CHUNK) {
+      switch (parts) {
+        case 1: score<1>(begin); break;
+        case 2: score<2>(begin); break;
+        case 4: score<4>(begin); break;
+        case 8: score<8>(begin); break;
+        default: score<16>(begin);
+      }
+      soften_all(begin);
+      weigh_all(begin);
     }
-
-    visit(a.rows_k, a.pages_k, [&](int64_t query, int64_t n_queries, int64_t n) {
-      turn<V>(key, next, n, a.dim, tile);
-      by_groups(n_queries, [&]<int N>(int64_t i) {
-        i += query;
-        for (int64_t k = 0; k < n;) {
-          float* at[N];
-          for (int j = 0; j < N; j++) at[j] = s.p[i + j] + k;
-          const bool full = n - k > LANES * (V::TILES - 1);
-          (full ? dot<V, N, V::TILES> : dot<V, N, 1>)(&s.q[i], tile + k * a.dim, a.dim, at, n - k);
-          k += full ? LANES * V::TILES : LANES;
-        }
-      });
-    });
-    for (int64_t i = 0; i < queries; i++)
-      if (s.rows[i / group].length) s.totals[i] = soften<V>(s.scores[i], s.rows[i / group].length);
-    visit(a.rows_v, a.pages_v, [&](int64_t query, int64_t n_queries, int64_t n) {
-      by_groups(n_queries, [&]<int N>(int64_t i) {
-        i += query;
-        const T* const* fetch = i == query ? next : nullptr;
-        int64_t d = 0;
-        for (; d + 4 * LANES <= a.dim; d += 4 * LANES) weigh<V, N, 4>(&s.p[i], key, fetch, n, d, LANES, &s.out[i]);
-        for (; d < a.dim; d += LANES) weigh<V, N, 1>(&s.p[i], key, fetch, n, d, int(std::min<int64_t>(LANES, a.dim - d)), &s.out[i]);
-      });
-    });
     for (int64_t i = 0; i < queries; i++) {
       if (s.rows[i / group].length == 0) continue;  // against the contract: the output stays zero
-      for (int64_t d = 0; d < a.dim; d += LANES)
-        (V::load(s.out[i] + d) / V::set(s.totals[i])).store(a.out + place(i) + d, int(std::min<int64_t>(LANES, a.dim - d)));
+      const V total = V::set(s.totals[i]);
+      for (int64_t d = 0; d < a.dim; d += 2 * LANES) {
+        const float* x = s.out.data() + i * width + d;
+        finish(V::load(x) / total, V::load(x + LANES) / total, a.out + offset(i) + d, int(std::min<int64_t>(2 * LANES, a.dim - d)));
+      }
     }
   }
 };
 
-template <class V, class T>
+template <class V, class Dot, class T>
 void all(const Attention<T>& a) {
   const int64_t step = std::max<int64_t>(1, QUERIES / (a.heads / a.kv_heads));  // rows of a block
   struct Task {
@@ -245,23 +357,24 @@ void all(const Attention<T>& a) {
     const int32_t* s = a.segments + 6 * b;
     for (int64_t h = 0; h < a.kv_heads; h++)
       for (int64_t i = 0; i < s[1]; i += step) tasks.push_back({b, h, i, std::min<int64_t>(step, s[1] - i)});
-    work += double(s[1]) * double(a.heads * a.dim) * double(s[3] + s[4]) / 8;
+    work += double(s[1]) * double(a.heads * a.dim) * double(s[3] + s[4]) / 16;
   }
   for_each(int64_t(tasks.size()), work, [&](int64_t i) {
-    static thread_local Scratch scratch;
+    static thread_local Scratch<T> scratch;
     const Task& t = tasks[i];
-    Block<V, T>(a, scratch, t.segment, t.head, t.first, t.count).run();
+    Block<V, T, Dot>(a, scratch, t.segment, t.head, t.first, t.count).run();
   });
 }
 
 }  // namespace
 
-template <class T>
-void attention(const Attention<T>& a, bool scalar) {
-  scalar ? all<Scalar>(a) : all<Native>(a);
-}
+void attention(const Attention<float>& a, bool scalar) { scalar ? all<Scalar, Fma>(a) : all<Native, Fma>(a); }
 
-template void attention(const Attention<float>&, bool);
-template void attention(const Attention<bf16>&, bool);
+void attention(const Attention<bf16>& a, bool scalar) {
+#ifdef __AVX512BW__
+  if (!scalar && __builtin_cpu_supports("avx512bf16")) return all<Native, Dpbf16>(a);
+#endif
+  scalar ? all<Scalar, Pairs>(a) : all<Native, Pairs>(a);
+}
 
 }  // namespace specedge

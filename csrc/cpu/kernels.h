@@ -45,8 +45,8 @@ struct Attention {
   float scale;
   int64_t window;
 };
-template <class T>
-void attention(const Attention<T>& a, bool scalar);
+void attention(const Attention<float>& a, bool scalar);
+void attention(const Attention<bf16>& a, bool scalar);
 
 // y = x W^T (times scale [n]) (plus bias [n]); those may be null.
 template <class T>

@@ -24,6 +24,12 @@ struct bf16 {
 
 constexpr int LANES = 16;
 
+// A word is 32 bits: a float, or two bf16 that lie next to each other in memory.
+inline float word(const void* p) {
+  float x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
 
@@ -37,7 +43,7 @@ inline void put(bf16* p, float x) { *p = to_bf16(x); }
 
 // The twin.
 struct Scalar {
-  static constexpr int TILES = 4;
+  static constexpr int KEYS = 16, QUERIES = 8;  // how many accumulate at once in attention.cpp: what the registers hold
   float v[LANES];
 
   template <class F>
@@ -56,6 +62,12 @@ struct Scalar {
   template <class T>
   void store(T* p, int n = LANES) const {
     for (int i = 0; i < n; i++) put(p + i, v[i]);
+  }
+  template <int N>
+  static Scalar repeat(const void* p) {  // the N words at p, over and over; N divides 16
+    Scalar r;
+    for (int i = 0; i < LANES; i += N) std::memcpy(r.v + i, p, 4 * N);
+    return r;
   }
 };
 
@@ -84,6 +96,21 @@ inline Scalar min(const Scalar& a, const Scalar& b) { return pick(b, a, a, b); }
 inline Scalar pow2(const Scalar& t) {
   return Scalar::make([&](int i) { return std::bit_cast<float>((std::bit_cast<uint32_t>(t.v[i]) + 127) << 23); });
 }
+// Of lanes that hold two bf16: the one that comes first in memory, and the other.
+inline Scalar low(const Scalar& x) {
+  return Scalar::make([&](int i) { return std::bit_cast<float>(std::bit_cast<uint32_t>(x.v[i]) << 16); });
+}
+inline Scalar high(const Scalar& x) {
+  return Scalar::make([&](int i) { return std::bit_cast<float>(std::bit_cast<uint32_t>(x.v[i]) & 0xFFFF0000); });
+}
+// Lane i of even is (a[2i], b[2i]) and that of odd (a[2i + 1], b[2i + 1]); elements from n <= 32 on are zero and are not read.
+inline void zip(const bf16* a, const bf16* b, int n, Scalar& even, Scalar& odd) {
+  const auto at = [&](int i) { return std::bit_cast<float>(i < n ? a[i].bits | uint32_t(b[i].bits) << 16 : 0); };
+  even = Scalar::make([&](int i) { return at(2 * i); }), odd = Scalar::make([&](int i) { return at(2 * i + 1); });
+}
+inline void unzip(const Scalar& even, const Scalar& odd, bf16* p, int n) {  // p[2i] = even[i], p[2i + 1] = odd[i], n <= 32 of them
+  for (int i = 0; i < n; i++) p[i] = to_bf16(i % 2 ? odd.v[i / 2] : even.v[i / 2]);
+}
 inline float sum(Scalar a) {
   for (int half = LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) a.v[i] += a.v[i + half];
@@ -97,7 +124,7 @@ inline void transpose(Scalar (&r)[LANES]) {
 #if defined(__AVX2__) && defined(__FMA__)
 
 struct Avx2 {
-  static constexpr int TILES = 1;  // 16 registers: four queries by one tile of sixteen keys are eight accumulators
+  static constexpr int KEYS = 4, QUERIES = 2;  // of 16 registers, eight accumulate
   __m256 a, b;
 
   static Avx2 set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -130,6 +157,16 @@ struct Avx2 {
     store(tail);
     std::memcpy(p, tail, n * sizeof(T));
   }
+  template <int N>
+  static Avx2 repeat(const void* p) {
+    if constexpr (N == 16) return load((const float*)p);
+    __m256 x;
+    if constexpr (N == 1) x = _mm256_set1_ps(word(p));
+    if constexpr (N == 2) x = _mm256_castsi256_ps(_mm256_broadcastq_epi64(_mm_loadu_si64(p)));
+    if constexpr (N == 4) x = _mm256_broadcast_ps((const __m128*)p);
+    if constexpr (N == 8) x = _mm256_loadu_ps((const float*)p);
+    return {x, x};
+  }
 };
 
 inline Avx2 operator+(Avx2 x, Avx2 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
@@ -146,6 +183,29 @@ inline __m256 pow2(__m256 t) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(t), _mm256_set1_epi32(127)), 23));
 }
 inline Avx2 pow2(Avx2 t) { return {pow2(t.a), pow2(t.b)}; }
+inline __m256 low(__m256 x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 16)); }
+inline Avx2 low(Avx2 x) { return {low(x.a), low(x.b)}; }
+inline __m256 high(__m256 x) { return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(int(0xFFFF0000)))); }
+inline Avx2 high(Avx2 x) { return {high(x.a), high(x.b)}; }
+inline void zip(const bf16* a, const bf16* b, int n, Avx2& even, Avx2& odd) {
+  bf16 tails[2][2 * LANES];
+  if (n < 2 * LANES) {
+    std::memset(tails, 0, sizeof tails), std::memcpy(tails[0], a, n * sizeof(bf16)), std::memcpy(tails[1], b, n * sizeof(bf16));
+    a = tails[0], b = tails[1];
+  }
+  const auto half = [&](int at, __m256& even, __m256& odd) {
+    const __m256i x = _mm256_loadu_si256((const __m256i*)(a + at)), y = _mm256_loadu_si256((const __m256i*)(b + at));
+    even = _mm256_castsi256_ps(_mm256_blend_epi16(x, _mm256_slli_epi32(y, 16), 0xAA));
+    odd = _mm256_castsi256_ps(_mm256_blend_epi16(_mm256_srli_epi32(x, 16), y, 0xAA));
+  };
+  half(0, even.a, odd.a), half(LANES, even.b, odd.b);
+}
+inline void unzip(Avx2 even, Avx2 odd, bf16* p, int n) {
+  const auto both = [](__m256 x, __m256 y) { return _mm256_or_si256(Avx2::narrow(x), _mm256_slli_epi32(Avx2::narrow(y), 16)); };
+  bf16 all[2 * LANES];
+  _mm256_storeu_si256((__m256i*)all, both(even.a, odd.a)), _mm256_storeu_si256((__m256i*)(all + LANES), both(even.b, odd.b));
+  std::memcpy(p, all, n * sizeof(bf16));
+}
 inline float sum(__m256 x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -176,7 +236,7 @@ inline void transpose(Avx2 (&r)[LANES]) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 
 struct Avx512 {
-  static constexpr int TILES = 4;  // 32 registers: four queries by four tiles of sixteen keys are sixteen accumulators
+  static constexpr int KEYS = 8, QUERIES = 8;  // of 32 registers, eight accumulate (for more keys the addresses would not fit) or sixteen
   __m512 v;
 
   static Avx512 set(float x) { return {_mm512_set1_ps(x)}; }
@@ -195,6 +255,14 @@ struct Avx512 {
   }
   void store(bf16* p) const { _mm256_storeu_si256((__m256i*)p, narrow()); }
   void store(bf16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), narrow()); }
+  template <int N>
+  static Avx512 repeat(const void* p) {
+    if constexpr (N == 1) return set(word(p));
+    if constexpr (N == 2) return {_mm512_castsi512_ps(_mm512_broadcastq_epi64(_mm_loadu_si64(p)))};
+    if constexpr (N == 4) return {_mm512_broadcast_f32x4(_mm_loadu_ps((const float*)p))};
+    if constexpr (N == 8) return {_mm512_broadcast_f32x8(_mm256_loadu_ps((const float*)p))};
+    if constexpr (N == 16) return load((const float*)p);
+  }
 };
 
 inline Avx512 operator+(Avx512 a, Avx512 b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -209,6 +277,18 @@ inline Avx512 pick(Avx512 a, Avx512 b, Avx512 x, Avx512 y) {
 }
 inline Avx512 pow2(Avx512 t) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_castps_si512(t.v), _mm512_set1_epi32(127)), 23))};
+}
+inline Avx512 low(Avx512 x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 16))}; }
+inline Avx512 high(Avx512 x) { return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0xFFFF0000)))}; }
+inline void zip(const bf16* a, const bf16* b, int n, Avx512& even, Avx512& odd) {
+  const __mmask32 some = __mmask32((uint64_t(1) << n) - 1);
+  const __m512i x = _mm512_maskz_loadu_epi16(some, a), y = _mm512_maskz_loadu_epi16(some, b);
+  even = {_mm512_castsi512_ps(_mm512_mask_blend_epi16(0xAAAAAAAA, x, _mm512_slli_epi32(y, 16)))};
+  odd = {_mm512_castsi512_ps(_mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(x, 16), y))};
+}
+inline void unzip(Avx512 even, Avx512 odd, bf16* p, int n) {
+  const auto wide = [](Avx512 x) { return _mm512_cvtepu16_epi32(x.narrow()); };
+  _mm512_mask_storeu_epi16(p, __mmask32((uint64_t(1) << n) - 1), _mm512_or_si512(wide(even), _mm512_slli_epi32(wide(odd), 16)));
 }
 inline float sum(Avx512 a) { return sum(_mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1))); }
 inline void transpose(Avx512 (&r)[LANES]) {
