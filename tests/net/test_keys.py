@@ -24,6 +24,7 @@ from specedge.net.edge import Edge
 from specedge.net.server import Server
 from specedge.net.wire import Draft, Error, Hello, Verdict, Welcome
 from tests.helpers import check_empty, drafter, engine, random_model
+from tests.net.proxy import Proxy
 from tests.net.test_auth import FUTURE
 from tests.net.test_server import CONTEXT, GREEDY, PATIENCE, PROMPT, VOCAB, Raw, X, background, threads, until
 
@@ -251,6 +252,39 @@ def test_a_key_is_authorised_while_the_server_runs(oracle: Engine, server: Serve
         revoke(home, "eve")
 
 
+def test_limits_of_a_key(oracle: Engine, server: Server, home: Path) -> None:
+    """Texts beyond its sessions come one after the other, one that can never fit is refused, and other keys have theirs. The next greeting
+    brings what was changed."""
+    eve, params = load(home / "eve").public, SamplingParams(max_tokens=12)
+    authorize(home, eve, name="eve", sessions="1", kv_tokens=str(len(PROMPT) + 12))
+    want = oracle.generate([PROMPT], params)[0].token_ids
+    with Edge(server.address, key=home / "eve") as edge, Edge(server.address, key=home / "ann") as ann:
+        assert (edge.welcome.limits.max_sessions, ann.welcome.limits.max_sessions) == (1, 256)
+        assert [c.token_ids for c in edge.generate([PROMPT] * 2, params)] == [want] * 2
+        with pytest.raises(ServerError, match="this account may hold 18: shorten one of them") as e:
+            edge.generate([PROMPT], SamplingParams(max_tokens=13))
+        assert e.value.code == "quota"
+        assert ann.generate([PROMPT], SamplingParams(max_tokens=13))[0].token_ids[:12] == want
+        authorize(home, eve, name="eve")
+        until(lambda: server._authenticator and server._authenticator.users[eve].kv_tokens is None, "the new limits")
+        assert edge.generate([PROMPT], SamplingParams(max_tokens=13))[0].token_ids[:12] == want
+
+
+@pytest.mark.parametrize("drafting", [False, True])
+def test_a_key_comes_back(model: Path, oracle: Engine, server: Server, home: Path, drafting: bool) -> None:
+    """On another connection, to the same sessions, also under CURVE."""
+    want, ids = oracle.generate([PROMPT], LONG)[0].token_ids, list[int]()
+    with Proxy(server.endpoint) as proxy:
+        address = f"{proxy.address}/?{server.address.partition('/?')[2]}"
+        with Edge(address, drafter(model, DraftConfig(max_sessions=1)) if drafting else None, key=home / "ann") as edge:
+            for chunk in edge.stream(PROMPT, LONG):
+                if not ids or len(ids) < 40 <= len(ids) + len(chunk.token_ids):
+                    assert proxy.drop()
+                ids += chunk.token_ids
+            assert ids == want and proxy.connections > 2
+            until(lambda: len(server._sessions) == 0, "CLOSE")
+
+
 def test_a_list_that_cannot_be_read_stays(server: Server, home: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Said once. Whoever could exhaust the server's descriptors would otherwise end all sessions."""
     path, authenticator = home / auth.LIST, server._authenticator
@@ -293,7 +327,7 @@ def test_an_authenticator_that_dies_is_noticed(
         with pytest.raises(ServerError):
             Connection(server.address, b"", home / "bob", 1.0)
     assert "the authenticator failed" in caplog.text
-    server._sessions.draining = True  # what is open has nobody to end it but stop(), which the fixture comes to
+    server._sessions._ends = 0.0  # what is open has nobody to end it but stop(), which the fixture comes to
     server.stop()
 
 
