@@ -11,24 +11,6 @@
 namespace specedge {
 namespace {
 
-// One 32-bit word of bf16 pairs as two floats.
-inline Scalar low(const Scalar& a) {
-  return Scalar::make([&](int i) { return std::bit_cast<float>(std::bit_cast<uint32_t>(a.v[i]) << 16); });
-}
-inline Scalar high(const Scalar& a) {
-  return Scalar::make([&](int i) { return std::bit_cast<float>(std::bit_cast<uint32_t>(a.v[i]) & 0xFFFF0000u); });
-}
-#if defined(__AVX2__) && defined(__FMA__)
-inline __m256 low(__m256 a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 16)); }
-inline __m256 high(__m256 a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(int(0xFFFF0000)))); }
-inline Avx2 low(Avx2 a) { return {low(a.a), low(a.b)}; }
-inline Avx2 high(Avx2 a) { return {high(a.a), high(a.b)}; }
-#endif
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
-inline Avx512 low(Avx512 a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 16))}; }
-inline Avx512 high(Avx512 a) { return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(int(0xFFFF0000))))}; }
-#endif
-
 // What a step of k is: words of weights, one per column, against one word of x.
 template <class V_>
 struct Singles {
