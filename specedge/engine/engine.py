@@ -49,7 +49,7 @@ class Engine(TextEngine):
         self._running: list[Sequence] = []  # longest waiting first
         self._opened = 0  # sequences so far
         self._everybody = Account()  # pays where nobody is named
-        self._ahead: dict[Hashable, int] = {}  # the scheduler's memory of who had how many rows
+        self._credit: dict[Hashable, int] = {}  # the scheduler's: rows that accounts are owed
         self._texts: dict[Sequence, Text] = {}
         self._guard = Guard()
 
@@ -148,7 +148,7 @@ class Engine(TextEngine):
         self._admit()
         running = [s for s in self._running if not s.held]
         batch, jobs = self.runner.batch(), list[Job]()
-        for grant in schedule([self._want(s) for s in running], self.runner.sizes.max_rows, self._ahead):
+        for grant in schedule([self._want(s) for s in running], self.runner.sizes.max_rows, self._credit):
             s = running[grant.index]
             tree = self._tree(s, grant)
             if self._reserve(s, s.computed + grant.chain + int(tree.depths().max()), jobs):

@@ -43,45 +43,45 @@ class Grant:
         return self.chain + self.nodes
 
 
-def schedule(wants: Sequence[Want], max_rows: int, ahead: dict[Hashable, int] | None = None) -> list[Grant]:
-    """Divide `max_rows` rows among `wants`, which come in order of waiting time, longest first. `ahead` is the state of `turns`, for the next step.
+def schedule(wants: Sequence[Want], max_rows: int, credit: dict[Hashable, int] | None = None) -> list[Grant]:
+    """Divide `max_rows` rows among `wants`, which come in order of waiting time, longest first. `credit`: what accounts are owed of earlier steps; it
+    is brought up to date.
 
     First those whose next token is in reach, then prompt chunks. A tree that does not fit any more waits whole; one that would not fit an
     empty step is cut, which is safe because every prefix of a tree is a tree.
     """
-    ahead = {} if ahead is None else ahead
-    order = turns(wants, ahead)
-    grants = _divide(wants, order, max_rows)
-    _settle(wants, grants, ahead)
+    credit = {} if credit is None else credit
+    grants = _divide(wants, turns(wants, credit), max_rows)
+    _settle(wants, grants, max_rows, credit)
     return grants
 
 
-def turns(wants: Sequence[Want], ahead: dict[Hashable, int]) -> list[int]:
-    """The order in which `wants` are served: deficit round robin. The turn goes to the account that has had the fewest rows, `ahead` of the
-    one furthest behind, and within it to the longest wait. Who was not kept waiting before has no credit from it: it begins with the last."""
+def turns(wants: Sequence[Want], credit: dict[Hashable, int]) -> list[int]:
+    """The order in which `wants` are served: the turn goes to the account that is owed most, and within it to the longest wait."""
     queues: dict[Hashable, deque[int]] = {}
     for i, want in enumerate(wants):
         queues.setdefault(want.account, deque()).append(i)
-    first = min(ahead.values(), default=0)
-    heap = [(ahead.get(account, first), queue[0], queue) for account, queue in queues.items()]
+    heap = [(-credit.get(account, 0), queue[0], queue) for account, queue in queues.items()]
     heapq.heapify(heap)
     order: list[int] = []
     while heap:
-        rows, i, queue = heapq.heappop(heap)
+        owed, i, queue = heapq.heappop(heap)
         order.append(queue.popleft())
         if queue:
-            heapq.heappush(heap, (rows + min(wants[i].rows, MAX_ROWS_PER_TREE), queue[0], queue))
+            heapq.heappush(heap, (owed + min(wants[i].rows, MAX_ROWS_PER_TREE), queue[0], queue))
     return order
 
 
-def _settle(wants: Sequence[Want], grants: list[Grant], ahead: dict[Hashable, int]) -> None:
-    """Charge what was granted to the accounts that are still owed something; the others have had all that they wanted."""
+def _settle(wants: Sequence[Want], grants: list[Grant], max_rows: int, credit: dict[Hashable, int]) -> None:
+    """Deficit round robin: every account has a right to an equal share of a step. Who is kept waiting is owed what it did not get of it, and owes
+    what it got beyond, but not more than a step: those rows nobody else could use. Who had all that it wanted begins anew."""
     had = {g.index: g.rows for g in grants}
     waiting = {w.account for i, w in enumerate(wants) if had.get(i, 0) < w.rows}
-    first = min(ahead.values(), default=0)
-    total = {a: ahead.get(a, first) + sum(rows for i, rows in had.items() if wants[i].account == a) for a in waiting}
-    ahead.clear()
-    ahead.update({a: rows - min(total.values()) for a, rows in total.items()})
+    share = max_rows // max(1, len({w.account for w in wants if w.rows}))
+    rows = {a: sum(n for i, n in had.items() if wants[i].account == a) for a in waiting}
+    new = {a: max(credit.get(a, 0) + share - rows[a], -max_rows) for a in waiting}
+    credit.clear()
+    credit.update(new)
 
 
 def _divide(wants: Sequence[Want], order: list[int], max_rows: int) -> list[Grant]:

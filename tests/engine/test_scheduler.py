@@ -88,17 +88,17 @@ def test_accounts_take_turns() -> None:
     """However many wants the greedy one has, and however long they wait: the second turn is the other's."""
     wants = [Want(1, True, 255, "greedy")] * 9 + [Want(1, True, 31, "ada"), Want(1, True, 7, "bob")]
     assert turns(wants, {})[:3] == [0, 9, 10]
-    assert turns(wants, {"greedy": 256})[0] == 0, "who comes anew begins where the last one stands"
-    assert turns(wants, {"greedy": 256, "ada": 0})[:2] == [9, 10]
+    assert turns(wants, {"greedy": -256})[:3] == [9, 10, 0], "who had more than its share comes last"
+    assert turns(wants, {"greedy": -256, "bob": 9})[:2] == [10, 9], "who is owed something first"
 
 
 def rounds(trees: list[list[int]], max_rows: int, steps: int) -> Iterator[Counter[Hashable]]:
     """The rows that every account has had after each of many steps, in which its trees (those of account i: `trees[i]`) come again and again."""
-    ahead: dict[Hashable, int] = {}
+    credit: dict[Hashable, int] = {}
     wants = [Want(1, True, n, a) for a, sizes in enumerate(trees) for n in sizes]
     had: Counter[Hashable] = Counter({a: 0 for a in range(len(trees))})
     for _ in range(steps):
-        grants = schedule(wants, max_rows, ahead)
+        grants = schedule(wants, max_rows, credit)
         for g in grants:
             had[wants[g.index].account] += g.rows
         served = {g.index for g in grants}
@@ -125,9 +125,11 @@ def test_no_account_waits_for_more_than_the_others(trees: list[list[int]], max_r
 
 
 def test_who_is_not_kept_waiting_owes_nothing() -> None:
-    """Rows that nobody else wanted are not held against anybody."""
-    ahead: dict[Hashable, int] = {}
-    schedule([Want(1, True, 100, "a"), Want(1, True, 3, "b")], 512, ahead)
-    assert ahead == {}
-    schedule([Want(1, True, 255, "a"), Want(1, True, 255, "a"), Want(1, True, 3, "b")], 300, ahead)
-    assert ahead == {"a": 0}
+    """Rows that nobody else wanted are not held against anybody for more than a step."""
+    credit: dict[Hashable, int] = {}
+    schedule([Want(1, True, 100, "a"), Want(1, True, 3, "b")], 512, credit)
+    assert credit == {}
+    greedy = [Want(1, True, 255, "a"), Want(1, True, 255, "a"), Want(1, True, 3, "b")]
+    for owed in (-106, -212, -300, -300):
+        schedule(greedy, 300, credit)
+        assert credit == {"a": owed}, "256 rows in place of 150"
