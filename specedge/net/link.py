@@ -94,7 +94,7 @@ class Link:
             if not all(isinstance(m, wire.Welcome | wire.GoAway) for m, _ in messages):  # a server that is of use
                 self._failures = 0
         elif self._waiting is not None and time.monotonic() - self._waiting > SILENCE:
-            self.lose(ServerError(f"{self.address} has said nothing for {SILENCE:.0f} s"))
+            self.lose(ServerError(f"{self.address} has said nothing for {SILENCE:.0f} s"), elsewhere=True)
         return messages
 
     def lose(self, why: ServerError, elsewhere: bool = False) -> None:

@@ -187,7 +187,15 @@ def test_the_next_server_is_taken_when_one_fails(model: Path, want: list[int]) -
 
 
 def test_a_server_that_says_nothing_any_more(model: Path, want: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection stands, and nothing comes: it is given up."""
+    """The connection stands, and ZeroMQ's heartbeats are answered, for they prove a process and no program: it is given up all the same."""
+    monkeypatch.setattr(link_module, "SILENCE", 0.6)
+    with serving(model) as server, Fake(silent) as fake, Edge([fake.address, server.address]) as edge:
+        assert edge.generate([PROMPT], replace(SAMPLED, ignore_eos=True))[0].token_ids == want
+        assert edge._link.address == server.address and len(fake.of(wire.Draft)) > 1
+
+
+def test_a_network_that_swallows_everything(model: Path, want: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection stands as far as TCP knows."""
     monkeypatch.setattr(link_module, "SILENCE", 0.6)
     with serving(model) as server, Proxy(server.endpoint) as proxy, Edge([proxy.address, server.address]) as edge:
         assert follow(edge, {10: lambda: setattr(proxy, "silent", True)}) == want
