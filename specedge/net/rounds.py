@@ -49,6 +49,7 @@ class Rounds:
     round: int = 0
     sent: TokenTree | None = None  # awaits its verdict
     alone: bool = False  # the server decodes by itself and streams
+    known: bool = False  # the server may have heard of the session, and wants to be told of its end
     why: str = ""  # what holds the text up
     _open: bool = False  # the server has, or is about to have, the session
     _asked: bool = False  # it may have it, and was asked
@@ -64,6 +65,7 @@ class Rounds:
     def connect(self, server: str, now: float) -> None:
         """A new connection to `server` stands: ask there for the session, or open it where it has never been."""
         self._open, self._asked = False, server == self._server
+        self.known = self.known and self._asked
         self._server, self._at = server, now
 
     def offer(self, tree: TokenTree, alone: bool, now: float) -> None:
@@ -71,11 +73,6 @@ class Rounds:
         self.round, self.sent, self.alone = self.round + 1, tree, alone
         if self._open:
             self._at = self.heard = now
-
-    @property
-    def known(self) -> bool:
-        """Whether the server may have the session."""
-        return self._open or self._asked
 
     @property
     def next(self) -> float:
@@ -86,7 +83,7 @@ class Rounds:
         """What has to be said by now; nothing, most of the time. `lease`: seconds for which the session may be silent."""
         if now < self._at:
             return []
-        self._at = now + RESEND
+        self._at, self.known = now + RESEND, True
         if self._asked:
             return [wire.Resume(self.id)]
         messages = [] if self._open else self._opening()

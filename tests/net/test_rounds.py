@@ -137,6 +137,18 @@ def test_busy_is_respected(opened: Rounds) -> None:
     assert len({(opened.take(Busy(opened.id, 2000, "full", 1), 20.0), opened.next) for _ in range(9)}) > 1
 
 
+def test_the_end_is_told_to_who_may_know_the_beginning(opened: Rounds) -> None:
+    """Also while it looks as if the server had nothing: a late error may say so, and the last verdict be on its way."""
+    assert not begin().known
+    opened.take(Error(opened.id, "session", "not open here"), 1.0)
+    opened.take(Busy(opened.id, 2000, "full"), 1.0)
+    assert opened.known
+    opened.connect("a", 2.0)
+    assert opened.known
+    opened.connect("b", 2.0)
+    assert not opened.known
+
+
 def test_old_errors_do_not_matter(opened: Rounds) -> None:
     opened.take(verdict(opened), 1.0)
     opened.offer(EMPTY, False, 1.0)

@@ -208,6 +208,7 @@ def test_a_text_is_streamed(oracle: Engine, server: Server) -> None:
         raw.open()
         assert raw.text() == want
         raw.send(Close(X))
+        assert raw.silent()
     with Edge(server.address) as edge:
         chunks = list(edge.stream(PROMPT, SamplingParams(max_tokens=12)))
     assert [c.token_ids for c in chunks] == [[i] for i in want]
@@ -237,6 +238,7 @@ def test_a_session_belongs_to_one_connection(oracle: Engine, server: Server) -> 
         assert isinstance(answer, Error) and (answer.code, answer.session) == ("session", X)
         assert two.text() == texts[1] != texts[0]
         two.send(Close(X))
+        assert two.silent()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -396,6 +398,7 @@ def test_a_fault_in_a_step(oracle: Engine, server: Server, monkeypatch: pytest.M
         raw.open()
         assert raw.text() == want[0].token_ids == edge.generate([PROMPT], SamplingParams(max_tokens=12))[0].token_ids
         raw.send(Close(X))
+        assert raw.silent()
 
 
 def test_an_edge_may_rest(oracle: Engine, server: Server) -> None:
