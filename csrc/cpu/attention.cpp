@@ -2,7 +2,7 @@
 //
 // Knows nothing of sequences. Invariant: what is computed for a query depends on the list of its visible keys, by absolute position, and on
 // nothing else: whatever is taken together or reordered (pairs, sixteen lanes, tiles, chunks) is so by place in that list. So one row = tree =
-// chunk = batch and pages = row buffer, bit for bit. A key that a query does not see is not multiplied by zero, it is not visited: NaN and
+// chunk = batch and pages = row buffer, bit for bit. A value that a query does not see is not multiplied by zero, it is not visited: NaN and
 // inf stay where they are.
 //
 // Work is cut into tasks (segment, kv head, block of rows). A block goes through its lists by chunks: scores of the chunk's keys tile by tile
@@ -19,13 +19,12 @@ namespace specedge {
 namespace {
 
 constexpr int64_t QUERIES = 64;  // of a block
-constexpr int64_t CHUNK = 512;   // places of a list
-constexpr int64_t TILE = 64;     // places of a chunk
 
-// A full chunk is visited as eight runs side by side: places 0, 64, 128 .. 448, 1, 65 .. A page is too short for the hardware to see a stream
-// and read ahead of it. Eight at once, and the next tile fetched to L2: one float32 decode row over 4,096 keys on pages in random order, in
-// 400 MB of memory, went from 5.9 to 11.9 GB/s (D 64) and from 6.0 to 10.7 (D 128), where a plain stream has 18. Fetching to L1 gives 8.
-constexpr int64_t RUNS = 8;
+// A chunk of a list is visited as eight runs side by side, one per tile: places 0, 64, 128 .. 448, 1, 65 .. (fewer if it is not full.) A page
+// is too short for the hardware to see a stream and read ahead of it. Eight at once, and the next tile fetched to L2: one float32 decode row
+// over 4,096 keys on pages in random order, of 400 MB, went from 5.9 to 11.9 GB/s (D 64) and from 6.0 to 10.7 (D 128); a plain stream had 18.
+constexpr int64_t CHUNK = 512;  // places
+constexpr int64_t TILE = 64;    // places
 
 template <class T>
 constexpr int64_t PER_WORD = 4 / sizeof(T);
@@ -149,10 +148,10 @@ void with(int64_t n, F f) {
   f.template operator()<N>();
 }
 
+// The list of keys that a row sees: begin .. end of the common order, then its own.
 struct Row {
-  int64_t begin;             // the first key of the common order that it sees
-  int64_t length;            // how many keys it sees
-  std::vector<int64_t> own;  // those behind the shared run, by position
+  int64_t begin, end, length;
+  std::vector<int64_t> own;  // by position
 };
 
 // What a thread keeps from task to task: fresh memory would cost its page faults every time.
@@ -177,7 +176,7 @@ struct Block {
   const int32_t* pages;
   int64_t q0, nq, k0, nk, prefix, causal, head, first, count;
   int64_t group = a.heads / a.kv_heads, queries = count * group, width = (a.dim + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
-  int64_t shared = 0, longest = 0;                            // end of the keys that all rows see; length of the longest list
+  int64_t longest = 0;                                        // how many keys the row with most of them sees
   const T *keys[2][TILE], **key = keys[0], **next = keys[1];  // addresses of a tile's keys (or values) and of those that come next
 
   Block(const Attention<T>& args, Scratch<T>& scratch, int64_t segment, int64_t kv_head, int64_t first_row, int64_t row_count)
@@ -191,41 +190,42 @@ struct Block {
     const int32_t* k_pos = a.k_pos + k0;
     const int64_t ends = nk - nq + first + 1;  // causal: how many row keys the block's first row sees
     const bool ordered = causal && std::is_sorted(k_pos, k_pos + std::min(ends + count, nk));
-    shared = prefix + (ordered ? ends : 0);
     s.rows.resize(count);
     for (int64_t i = 0; i < count; i++) {
       Row& row = s.rows[i];
       const int64_t oldest = a.window > 0 ? a.q_pos[q0 + i] - a.window + 1 : INT32_MIN;
-      row.begin = std::clamp<int64_t>(oldest, 0, prefix);
-      if (row.begin == prefix) row.begin += std::lower_bound(k_pos, k_pos + (shared - prefix), oldest) - k_pos;
+      row.begin = std::clamp<int64_t>(oldest, 0, prefix), row.end = prefix + (ordered ? ends + i : 0);
+      if (row.begin == prefix) row.begin += std::lower_bound(k_pos, k_pos + (row.end - prefix), oldest) - k_pos;
       row.own.clear();
       const uint64_t* words = a.anc + (q0 + i) * a.anc_words;
-      for (int64_t j = shared - prefix; j < (causal ? ends + i : nk); j++)
+      for (int64_t j = 0; !ordered && j < (causal ? ends + i : nk); j++)
         if (k_pos[j] >= oldest && (causal || words[j / 64] >> j % 64 & 1)) row.own.push_back(prefix + j);
       const auto earlier = [&](int64_t x, int64_t y) { return k_pos[x - prefix] < k_pos[y - prefix]; };
-      if (!ordered) std::stable_sort(row.own.begin(), row.own.end(), earlier);
-      row.length = shared - row.begin + int64_t(row.own.size());
+      std::stable_sort(row.own.begin(), row.own.end(), earlier);
+      row.length = row.end - row.begin + int64_t(row.own.size());
       longest = std::max(longest, row.length);
     }
   }
 
-  // Whether the chunk of `place` is full in this row's list, and so visited as several runs.
-  static bool full(const Row& row, int64_t place) { return place / CHUNK * CHUNK + CHUNK <= row.length; }
+  // The chunk of `place` is visited as so many runs side by side, one per whole tile, and what is left of it in order.
+  static int64_t runs(const Row& row, int64_t place) { return std::clamp<int64_t>(row.length - place / CHUNK * CHUNK, 0, CHUNK) / TILE; }
 
   // How many keys a row has in the tile at `place`.
-  int64_t in_tile(const Row& row, int64_t place) { return std::clamp<int64_t>(row.length - place, 0, TILE); }
+  static int64_t in_tile(const Row& row, int64_t place) { return std::clamp<int64_t>(row.length - place, 0, TILE); }
 
-  // Whether two rows see the same keys in the tile at `place`, all of them shared.
-  bool same(const Row& x, const Row& y, int64_t place) {
-    const bool whole = full(x, place);
-    return x.begin == y.begin && whole == full(y, place) && x.begin + (whole ? place / CHUNK * CHUNK + CHUNK : place + TILE) <= shared;
+  // Whether row x has keys in the tile at `place`, and they are the first of y's: as many if `all`.
+  static bool same(const Row& x, const Row& y, int64_t place, bool all) {
+    const int64_t n = in_tile(x, place), m = in_tile(y, place), side = runs(x, place);
+    const int64_t last = std::max(place / CHUNK * CHUNK + side * TILE, place + n);
+    return n && (all ? n == m : n <= m) && x.begin == y.begin && side == runs(y, place) && x.begin + last <= std::min(x.end, y.end);
   }
 
   // at[0 .. in_tile) = addresses of the keys (values) that a row visits in the tile at `place`; the others = zeros.
   void locate(const Row& row, int64_t place, bool of_values, const T** at) {
-    const int64_t chunk = place / CHUNK * CHUNK, n = in_tile(row, place);
-    if (full(row, place))
-      for (int64_t i = 0; i < RUNS; i++) locate_run(row, chunk + (CHUNK * i + place - chunk) / RUNS, TILE / RUNS, of_values, at + i, RUNS);
+    const int64_t chunk = place / CHUNK * CHUNK, side = runs(row, place), n = in_tile(row, place);
+    if (place < chunk + side * TILE)
+      for (int64_t i = 0, visit = place - chunk; i < side; i++, visit++)
+        locate_run(row, chunk + visit % side * TILE + visit / side, (TILE - i + side - 1) / side, of_values, at + i, side);
     else
       locate_run(row, place, n, of_values, at, 1), std::fill(at + n, at + TILE, s.nothing.data());
   }
@@ -239,25 +239,26 @@ struct Block {
       for (const int64_t end = i + std::min({n - i, prefix - id - i, a.page_size - token}); i < end; i++, x += a.dim) at[i * step] = x;
     }
     for (; i < n; i++) {
-      const int64_t j = id + i < shared ? id + i : row.own[id + i - shared];
+      const int64_t j = id + i < row.end ? id + i : row.own[id + i - row.end];
       at[i * step] = in_rows + ((k0 + j - prefix) * a.kv_heads + head) * a.dim;
     }
   }
 
-  // f(query, end, place, keys, what to prefetch or null) for the tiles of the chunk at `begin` and every run of rows that see the same keys
-  // there, with `key` set.
+  // f(query, end, place in the chunk, keys, what to prefetch or null) for the tiles of the chunk at `begin` and all rows that see the same
+  // keys there, with `key` set. To score a key for a row that does not see it yet does no harm, nobody reads it; its value must wait.
   template <class F>
   void visit(int64_t begin, bool of_values, F f) {
     for (int64_t place = begin; place < std::min(begin + CHUNK, longest); place += TILE) {
-      std::swap(key, next);  // the first row's tile was located when the one before it was visited
+      std::swap(key, next);  // the last row's tile was located when the one before it was visited
       const int64_t then = place + TILE;
       const bool last = then >= std::min(begin + CHUNK, longest);
-      locate(s.rows[0], last && !of_values ? begin : then, of_values != last, next);
-      for (int64_t i = 0, end; i < count; i = end) {
-        for (end = i + 1; end < count && same(s.rows[i], s.rows[end], place);) end++;
-        if (i) locate(s.rows[i], place, of_values, key);
-        const int64_t n = in_tile(s.rows[i], place);
-        if (n) f(i * group, end * group, place - begin, n, i ? nullptr : next);
+      locate(s.rows[count - 1], last && !of_values ? begin : then, of_values != last, next);
+      for (int64_t end = count, i; end > 0; end = i) {
+        const Row& row = s.rows[end - 1];
+        for (i = end - 1; i > 0 && same(s.rows[i - 1], row, place, of_values);) i--;
+        if (end < count) locate(row, place, of_values, key);
+        const int64_t n = in_tile(row, place);
+        if (n) f(i * group, end * group, place - begin, n, end < count ? nullptr : next);
       }
     }
   }
@@ -265,13 +266,14 @@ struct Block {
   int64_t offset(int64_t query) { return ((q0 + query / group) * a.heads + head * group + query % group) * a.dim; }
 
   // The block's queries as `dot` wants them: [vectors][steps][16].
-  void pack(int64_t parts) {
+  template <int PARTS>
+  void pack() {
     float* to = room(s.q, (queries + LANES) * a.dim);
-    for (int64_t i = 0; i < queries; i += LANES / parts)
-      for (int64_t word = 0; word < a.dim / PER_WORD<T>; word += parts, to += LANES) {
+    for (int64_t i = 0; i < queries; i += LANES / PARTS)
+      for (int64_t word = 0; word < a.dim / PER_WORD<T>; word += PARTS, to += LANES) {
         std::fill_n(to, LANES, 0.0f);
-        for (int64_t j = 0; j < std::min(LANES / parts, queries - i); j++)
-          std::memcpy(to + j * parts, a.q + offset(i + j) + word * PER_WORD<T>, parts * sizeof(float));
+        for (int64_t j = 0; j < std::min<int64_t>(LANES / PARTS, queries - i); j++)
+          std::memcpy(to + j * PARTS, a.q + offset(i + j) + word * PER_WORD<T>, PARTS * sizeof(float));
       }
   }
 
@@ -319,18 +321,24 @@ struct Block {
     // How many words of a query share a vector with those of others: a function of the model's shape alone, for a score is summed accordingly.
     int64_t parts = LANES / int64_t(std::bit_ceil(uint64_t(std::min<int64_t>(group, LANES))));
     while (a.dim / PER_WORD<T> % parts) parts /= 2;
-    pack(parts);
+    switch (parts) {
+      case 1: return run<1>();
+      case 2: return run<2>();
+      case 4: return run<4>();
+      case 8: return run<8>();
+      default: return run<16>();
+    }
+  }
+
+  template <int PARTS>
+  void run() {
     room(s.scores, queries * CHUNK), room(s.weights, queries * CHUNK), room(s.nothing, a.dim);
+    locate(s.rows[count - 1], 0, false, next);
+    std::for_each(next, next + TILE, [&](const T* x) { prefetch(x, a.dim * sizeof(T)); });
+    pack<PARTS>();
     s.out.assign(queries * width, 0), s.totals.assign(queries, 0), s.tops.assign(queries, std::numeric_limits<float>::lowest());
-    locate(s.rows[0], 0, false, next);
     for (int64_t begin = 0; begin < longest; begin += CHUNK) {
-      switch (parts) {
-        case 1: score<1>(begin); break;
-        case 2: score<2>(begin); break;
-        case 4: score<4>(begin); break;
-        case 8: score<8>(begin); break;
-        default: score<16>(begin);
-      }
+      score<PARTS>(begin);
       soften_all(begin);
       weigh_all(begin);
     }

@@ -213,15 +213,6 @@ def test_nan_stays_in_its_branch(cpp: Any) -> None:
         assert torch.equal(got[i], want[i]) if sick not in path(parents, i) else got[i].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_weights_add_up_to_one(cpp: Any, dtype: torch.dtype) -> None:
-    """Also where they are rounded: of equal values the mean is that value."""
-    for prefix in (0, 600):
-        part, _ = make("chunk", prefix, 9, 3, 16, dtype)
-        part.old[1], part.new[1] = 1.703125, 1.703125
-        torch.testing.assert_close(run([part])[0], torch.full_like(part.q, 1.703125), rtol=1e-6, atol=0)
-
-
 def test_softmax_of_large_scores(cpp: Any) -> None:
     part, _ = make("chunk", 90, 3, 2, 16, torch.float32)
     big = replace(part, q=part.q * 300)  # scores of thousands: all weight on one key, whose value is the output
