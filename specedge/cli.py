@@ -13,10 +13,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from specedge import __version__, settings
 from specedge.config import DraftConfig, EngineConfig, SamplingParams, SpecedgeError
+
+if TYPE_CHECKING:
+    from specedge.engine.request import Completion
+    from specedge.net.edge import Edge
 
 DEMO = Path(__file__).parent / "demo"
 LONG_PROMPT = 1024  # tokens that a server reads for so long that its user is told
@@ -169,13 +173,39 @@ def edge() -> NoReturn:
     p.add_argument("--version", action="version", version=f"specedge {__version__}")
     commands = p.add_subparsers(required=True, metavar="COMMAND")
     g = commands.add_parser("generate", help="complete a prompt", description="Complete a prompt: text to stdout, the rest to stderr.")
+    _text_arguments(g)
+    g.add_argument("--prompt", required=True, metavar="TEXT|-", help="the text to complete, raw; - reads standard input")
+    g.add_argument("--chat", action=SWITCH, default=False, help="the prompt is a message, to be answered: use the model's chat template")
+    g.add_argument("--json", action=SWITCH, default=False, help="print one JSON object instead of the text")
+    g.add_argument("--echo", action=SWITCH, default=False, help="with --json: stream the text to standard error meanwhile")
+    settings.add_arguments(g, "edge")
+    g.set_defaults(run=_generate)
+    c = commands.add_parser("chat", help="talk to a model", description="Talk to a model: a line is a message. Ctrl-C stops a reply, Ctrl-D ends.")
+    _text_arguments(c)
+    settings.add_arguments(c, "edge")
+    c.set_defaults(run=_chat)
+    d = commands.add_parser("doctor", help="say what stands between here and a server", description="Examine servers: one sentence a check.")
+    _server_arguments(d)
+    d.add_argument("--draft", metavar="MODEL", help="directory or hub id of the draft model that must match the server")
+    d.add_argument("--demo", action=SWITCH, default=False, help="use the small draft that comes with specedge")
+    d.add_argument("--json", action=SWITCH, default=False, help="print one JSON object instead of sentences")
+    settings.add_arguments(d, "edge")
+    d.set_defaults(run=_doctor)
+    k = commands.add_parser("keygen", help="make the key of this edge", description="Make a secret key. Prints the public one.")
+    k.add_argument("file", nargs="?", type=Path, default=_own_key(), metavar="FILE", help="where to write it (default: %(default)s)")
+    k.set_defaults(run=_edge_keygen)
+    _main(p, commands.choices.values())
+
+
+def _text_arguments(g: argparse.ArgumentParser) -> None:
+    """What the making of a text depends on."""
     _server_arguments(g)
     drafting = g.add_mutually_exclusive_group()
     drafting.add_argument("--draft", metavar="MODEL", help="directory or hub id of the draft model; it must share the server's tokenizer")
     drafting.add_argument("--no-draft", dest="draft", action="store_const", const="", help="draft nothing: the server decodes alone and streams")
     g.add_argument("--demo", action=SWITCH, default=False, help="use the small draft that comes with specedge")
     g.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory of tokenizer.json (default: the draft's)")
-    g.add_argument("--prompt", required=True, metavar="TEXT|-", help="the text to complete, raw; - reads standard input")
+    g.add_argument("--system", metavar="TEXT", help="in a chat: a first message that says how to answer")
     g.add_argument("--max-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (default: %(default)s)")
     g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: %(default)s)")
     g.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: off)")
@@ -190,22 +220,7 @@ def edge() -> NoReturn:
     g.add_argument("--seed", type=int, metavar="S", help="repeats a sampled text (default: a random one, which is reported)")
     g.add_argument("--tree-size", type=int, default=31, metavar="N", help="nodes drafted per round (default: %(default)s)")
     g.add_argument("--proactive", action=SWITCH, default=True, help="draft while a verdict is in flight")
-    g.add_argument("--json", action=SWITCH, default=False, help="print one JSON object instead of the text")
-    g.add_argument("--echo", action=SWITCH, default=False, help="with --json: stream the text to standard error meanwhile")
     _device_arguments(g)
-    settings.add_arguments(g, "edge")
-    g.set_defaults(run=_generate)
-    d = commands.add_parser("doctor", help="say what stands between here and a server", description="Examine servers: one sentence a check.")
-    _server_arguments(d)
-    d.add_argument("--draft", metavar="MODEL", help="directory or hub id of the draft model that must match the server")
-    d.add_argument("--demo", action=SWITCH, default=False, help="use the small draft that comes with specedge")
-    d.add_argument("--json", action=SWITCH, default=False, help="print one JSON object instead of sentences")
-    settings.add_arguments(d, "edge")
-    d.set_defaults(run=_doctor)
-    k = commands.add_parser("keygen", help="make the key of this edge", description="Make a secret key. Prints the public one.")
-    k.add_argument("file", nargs="?", type=Path, default=_own_key(), metavar="FILE", help="where to write it (default: %(default)s)")
-    k.set_defaults(run=_edge_keygen)
-    _main(p, commands.choices.values())
 
 
 def _edge_keygen(args: argparse.Namespace) -> int:
@@ -216,7 +231,25 @@ def _edge_keygen(args: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(args: argparse.Namespace) -> int:
+@dataclasses.dataclass
+class _Reply:
+    """One text as it came; `done` is None if Ctrl-C stopped it."""
+
+    params: SamplingParams
+    prompt_tokens: int
+    text: str = ""
+    ids: list[int] = dataclasses.field(default_factory=list)
+    done: "Completion | None" = None
+
+    def __str__(self) -> str:
+        if self.done is None:
+            return f"stopped after {len(self.ids)} tokens"
+        s = self.done.speculation
+        per_round = f"{s.tokens_per_round(len(self.ids)):.2f} tokens per round"
+        return f"{len(self.ids)} tokens, {s.rounds} rounds, {per_round}, seed {self.params.seed}"
+
+
+def _open_edge(args: argparse.Namespace) -> "Edge":
     from specedge.net.edge import Edge
 
     if args.draft if args.demo else args.draft is None:
@@ -225,43 +258,84 @@ def _generate(args: argparse.Namespace) -> int:
     tokenizer = args.tokenizer or (DEMO / "draft" if args.demo else None)
     if draft is None and tokenizer is None:
         raise SpecedgeError("without a draft the tokenizer must be named: --tokenizer DIR")
+    config, progress = DraftConfig(tree_size=args.tree_size, proactive=args.proactive, max_sessions=1), sys.stderr.isatty()
+    return Edge(args.server, draft, tokenizer=tokenizer, key=args.key, config=config, device=args.device, dtype=args.dtype, progress=progress)
+
+
+def _sampling(args: argparse.Namespace) -> SamplingParams:
     names = [f.name for f in dataclasses.fields(SamplingParams) if hasattr(args, f.name)]
-    params = SamplingParams(**{name: getattr(args, name) for name in names}).with_seed()
-    config = DraftConfig(tree_size=args.tree_size, proactive=args.proactive, max_sessions=1)
+    return SamplingParams(**{name: getattr(args, name) for name in names}).with_seed()
+
+
+def _stream(client: "Edge", tokens: list[int], params: SamplingParams, out: TextIO | None) -> _Reply:
+    """Complete `tokens`, writing the text to `out` as it comes. Ctrl-C stops the reply and keeps what came of it."""
+    if len(tokens) > LONG_PROMPT and sys.stderr.isatty():
+        _say(f"specedge-edge: waiting for the server to read {len(tokens):,} tokens")
+    reply, stream = _Reply(params, len(tokens)), client.stream(tokens, params)
+    try:
+        for chunk in stream:
+            reply.ids += chunk.token_ids
+            reply.text, reply.done = reply.text + chunk.text, chunk.completion
+            if out is not None:
+                print(chunk.text, end="", file=out, flush=True)
+    except KeyboardInterrupt:
+        stream.close()
+    if out is not None:
+        print(file=out, flush=True)
+    return reply
+
+
+def _generate(args: argparse.Namespace) -> int:
+    if args.system and not args.chat:
+        raise SpecedgeError("--system is for chats: add --chat")
+    params = _sampling(args)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     out = None if args.json and not args.echo else sys.stderr if args.json else sys.stdout
-    with Edge(
-        args.server, draft, tokenizer=tokenizer, key=args.key, config=config, device=args.device, dtype=args.dtype, progress=sys.stderr.isatty()
-    ) as client:  # fmt: skip
+    with _open_edge(args) as client:
         assert client.tokenizer is not None
-        tokens, ids = client.tokenizer.encode(prompt), list[int]()
-        text, done = "", None
-        if len(tokens) > LONG_PROMPT and sys.stderr.isatty():
-            _say(f"specedge-edge: waiting for the server to read {len(tokens):,} tokens")
-        stream = client.stream(tokens, params)
-        try:
-            for chunk in stream:
-                ids, text, done = ids + chunk.token_ids, text + chunk.text, chunk.completion
-                if out is not None:
-                    print(chunk.text, end="", file=out, flush=True)
-        except KeyboardInterrupt:  # stops the reply; what came of it is kept
-            stream.close()
-        if out is not None:
-            print(file=out, flush=True)
-    if done is None:
-        _say(f"specedge-edge: stopped after {len(ids)} tokens")
-    elif not args.json:
-        s = done.speculation
-        _say(f"specedge-edge: {len(ids)} tokens, {s.rounds} rounds, {s.tokens_per_round(len(ids)):.2f} tokens per round, seed {params.seed}")
+        tokens = client.tokenizer.chat([*_system(args), _message("user", prompt)]) if args.chat else client.tokenizer.encode(prompt)
+        reply = _stream(client, tokens, params, out)
+    if reply.done is None or not args.json:
+        _say(f"specedge-edge: {reply}")
     if args.json:
-        used = done.speculation if done else None
+        used = reply.done.speculation if reply.done else None
         record = {
-            "text": text, "token_ids": ids, "finish_reason": done.finish_reason if done else "cancelled", "seed": params.seed,
-            "usage": {"prompt_tokens": len(tokens), "completion_tokens": len(ids)},
-            "speculation": dataclasses.asdict(used) | {"tokens_per_round": round(used.tokens_per_round(len(ids)), 3)} if used else None,
+            "text": reply.text, "token_ids": reply.ids, "finish_reason": reply.done.finish_reason if reply.done else "cancelled", "seed": params.seed,
+            "usage": {"prompt_tokens": reply.prompt_tokens, "completion_tokens": len(reply.ids)},
+            "speculation": dataclasses.asdict(used) | {"tokens_per_round": round(used.tokens_per_round(len(reply.ids)), 3)} if used else None,
         }  # fmt: skip
         print(json.dumps(record))
-    return 0 if done else 130
+    return 0 if reply.done else 130
+
+
+def _message(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def _system(args: argparse.Namespace) -> list[dict[str, str]]:
+    return [_message("system", args.system)] if args.system else []
+
+
+def _chat(args: argparse.Namespace) -> int:
+    params, person = _sampling(args), sys.stdin.isatty()
+    if person:
+        import readline  # noqa: F401  # gives input() its line editing
+
+        _say("specedge-edge: a line is a message; Ctrl-C stops a reply, Ctrl-D ends")
+    with _open_edge(args) as client:
+        assert client.tokenizer is not None
+        messages = _system(args)
+        while True:
+            try:
+                line = input("> " if person else "")
+            except EOFError:
+                return 0
+            if not line.strip():
+                continue
+            messages.append(_message("user", line))
+            reply = _stream(client, client.tokenizer.chat(messages), params, sys.stdout)
+            messages.append(_message("assistant", reply.text))
+            _say(f"specedge-edge: {reply}")
 
 
 def _doctor(args: argparse.Namespace) -> int:

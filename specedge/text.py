@@ -1,15 +1,17 @@
-"""Text to ids and back: the tokenizer of a model directory and an incremental detokeniser.
+"""Text to ids and back: the tokenizer of a model directory, its chat template, and an incremental detokeniser.
 
 Knows nothing of models, engines or sockets and imports no torch. Invariant: the pieces that a Detokenizer gives out, joined, are the
 decoding of all its ids.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
+from specedge.chat import ChatError, ChatTemplate, Message
 from specedge.config import SpecedgeError, brief
 
 MAX_FILE = 1 << 28  # bytes of a tokenizer.json; the largest known has 35 million
@@ -23,8 +25,9 @@ class TokenizerError(SpecedgeError):
 class Tokenizer:
     """A fast tokenizer (tokenizer.json) with the few calls that serving needs."""
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
-        self._inner = inner
+    def __init__(self, inner: tokenizers.Tokenizer, directory: Path | None = None) -> None:
+        self._inner, self._directory = inner, directory
+        self._template: ChatTemplate | None = None
         self._digest = b""
         self.size: int = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids at or above this mean nothing
 
@@ -43,7 +46,7 @@ class Tokenizer:
             raise
         except Exception as e:  # the library raises bare Exception for every fault
             raise TokenizerError(f"{file} is not a tokenizer: {brief(e)}") from None
-        tokenizer = cls(inner)
+        tokenizer = cls(inner, path)
         if tokenizer.size == 0:
             raise TokenizerError(f"{file} is not a tokenizer: it holds no tokens")
         if vocab is not None and tokenizer.size > vocab:
@@ -52,13 +55,22 @@ class Tokenizer:
                 raise TokenizerError(f"{file} has ids up to {last}, but the model has only {vocab}: take the tokenizer that belongs to it")
         return tokenizer
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, with the special tokens that the tokenizer itself puts around a text."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of a text; `special`: with the special tokens that the tokenizer itself puts around a text."""
         try:
-            ids: list[int] = self._inner.encode(text).ids
+            ids: list[int] = self._inner.encode(text, add_special_tokens=special).ids
         except (TypeError, UnicodeError):
             raise TokenizerError("the text holds characters that are not Unicode: send it as UTF-8") from None
         return ids
+
+    def chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """The prompt for the assistant's next message in a conversation, [{"role": "user", "content": "..."}, ...], as the model directory's chat
+        template writes it; `variables` are for the template. ChatError if there is none, or it refuses the messages."""
+        if self._template is None:
+            if self._directory is None:
+                raise ChatError("this tokenizer has no model directory, and so no chat template")
+            self._template = ChatTemplate.from_dir(self._directory)
+        return self.encode(self._template.render(messages, **variables), special=False)  # the template writes them itself
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens left out."""

@@ -13,7 +13,7 @@ import pytest
 import specedge
 
 ROOT = Path(__file__).parents[1]
-LEVELS = {"config": 0, "tree": 0, "text": 0, "kernels": 1, "engine": 2, "net": 3, "settings": 4, "cli": 4}
+LEVELS = {"config": 0, "tree": 0, "text": 0, "chat": 0, "kernels": 1, "engine": 2, "net": 3, "settings": 4, "cli": 4}
 EXTENSION = "_C"  # the compiled ops, wherever they are put; only kernels may touch them
 MAX_LINES = 500
 WIRE_MAY_IMPORT = {"specedge.tree", "numpy", "struct", "msgspec", "typing"}
