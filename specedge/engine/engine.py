@@ -136,7 +136,17 @@ class Engine(TextEngine):
         """Whether a step would find work."""
         if self.guard.behind or self._admissible() is not None:
             return True
-        return any((s.pending > 1 or s.wants_token) and not s.held for s in self._running)
+        return any(not s.idle for s in self._running)
+
+    @property
+    def starved(self) -> bool:
+        """Whether somebody waits for pages who could be served with them."""
+        return self._next() is not None and self._admissible() is None
+
+    def park(self, sequence: Sequence) -> None:
+        """Take the pages of a sequence that is idle, until it wants something: then they are found in the cache, or computed again."""
+        if sequence in self._running and sequence.idle:
+            self._preempt(sequence)
 
     # ------------------------------------------------------------------------------------------------------------------
     # the step
@@ -170,20 +180,23 @@ class Engine(TextEngine):
         while (s := self._admissible()) is not None:
             self._waiting.remove(s)
             s.table, s.computed = self.pool.open(s.tokens, s.account.name)
+            s.parked = False
             self._running.append(s)
 
     def _admissible(self) -> Sequence | None:
-        """The first that waits, if it has room beside the tokens of all who run, with a page to spare for each: else it would be preempted soon.
-        One that begins with a page which is being computed right now lets others pass: soon it finds that page and need not compute it again."""
-        if not self._waiting or len(self._running) >= self.runner.sizes.max_sequences:
+        """The next that waits, if it has room beside the tokens of all who run, with a page to spare for each: else it would be preempted soon."""
+        first = self._next()
+        if first is None or len(self._running) >= self.runner.sizes.max_sequences:
             return None
-        size = self.pool.page_size
-        coming = {r.keys[r.computed // size] for r in self._running if r.computed // size < len(r.keys)}
-        first = next((s for s in self._waiting if coming.isdisjoint(s.keys)), None)
         owed = sum(1 + max(0, self.pool.pages_for(len(s.tokens)) - len(s.table.pages)) for s in self._running if s.table)
-        if first is None or (self._running and self.pool.pages_for(len(first.tokens)) + owed > self.pool.available):
-            return None
-        return first
+        return None if self._running and self.pool.pages_for(len(first.tokens)) + owed > self.pool.available else first
+
+    def _next(self) -> Sequence | None:
+        """The first that waits and would run. One that begins with a page which is being computed right now lets others pass: soon it finds that
+        page and need not compute it again."""
+        size = self.pool.page_size
+        coming = {r.keys[r.computed // size] for r in self._running if self._waiting and r.computed // size < len(r.keys)}
+        return next((s for s in self._waiting if s.wants_pages and coming.isdisjoint(s.keys)), None)
 
     def _reserve(self, s: Sequence, tokens: int, jobs: list[Job]) -> bool:
         """Pages for the first `tokens` of `s`, taken from the latest arrivals if need be; False: `s` itself has to wait. Whoever came first is
@@ -197,12 +210,17 @@ class Engine(TextEngine):
                 victim = max((r for r in self._running if id(r) not in at_work), key=lambda r: r.order)
                 if victim is s and len(self._running) == 1:
                     raise
-                assert victim.table is not None
-                victim.table.close()
-                victim.table, victim.computed = None, 0
-                self._running.remove(victim)
-                self._waiting.insert(sum(w.order < victim.order for w in self._waiting), victim)
+                self._preempt(victim)
         return False
+
+    def _preempt(self, s: Sequence) -> None:
+        """Back to those who wait, without pages; one that is idle waits for something to do first."""
+        assert s.table is not None
+        s.parked = s.idle
+        s.table.close()
+        s.table, s.computed = None, 0
+        self._running.remove(s)
+        self._waiting.insert(sum(w.order < s.order for w in self._waiting), s)
 
     def _want(self, s: Sequence) -> Want:
         return Want(s.pending, s.wants_token, len(s.tree) if s.tree is not None else 0, s.account)
@@ -301,7 +319,9 @@ class Engine(TextEngine):
         return text
 
     def advance(self) -> None:
-        """One step."""
+        """One step. Where nobody can take one for want of pages, whoever is idle gives some up."""
+        if not self.busy and self.starved:
+            self.park(max((s for s in self._running if s.idle), key=lambda s: s.order))
         self.step()
 
     def end(self, text: Text) -> None:

@@ -40,6 +40,7 @@ class Sequence:
     tree: TokenTree | None = None  # offered and not yet verified
     run_until: int = 0  # decode alone while the text is shorter
     finish: str = ""  # "stop" or "length" once it has ended
+    parked: bool = False  # its pages were taken while it was idle
 
     @property
     def limit(self) -> int:
@@ -59,6 +60,16 @@ class Sequence:
     @property
     def wants_token(self) -> bool:
         return not self.finish and (self.tree is not None or len(self.tokens) < self.run_until)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it would take no rows now."""
+        return self.held or not (self.wants_token or self.pending > 1)
+
+    @property
+    def wants_pages(self) -> bool:
+        """Whether it would run if it had pages."""
+        return not self.held and (not self.parked or (self.wants_token and not self.account.verified_held))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 SURVIVABLE = ("round", "base", "session")  # errors that leave their session as it was
 RETRY_FULL, RETRY_ROUND = 1000, 50  # milliseconds after which a place, or room for a round, may be free again
 MEMORY, REMEMBERED = 600.0, 4096  # for so many seconds, and so many of them, sessions that have lapsed are known
+PAUSE = 2.0  # seconds of silence, longer than between two rounds, after which a session makes room for those that wait
 Key = tuple[str, bytes]  # (user, session)
 
 
@@ -141,12 +142,17 @@ class Sessions:
         return [(r.peer, Error(key[1], code, text)) for key, r in lost]
 
     def expire(self, now: float) -> None:
-        """Let lapse what has been silent for longer than its lease, and forget peers that have nothing open."""
+        """Let lapse what has been silent for longer than its lease, forget peers that have nothing open, and take the pages of whoever pauses while
+        others wait for some, the longest silent first."""
         for key in [k for k, r in self._table.items() if now - r.heard > self.lease and not r.flying]:
             self._lapse(key, now)
         busy = {r.peer for r in self._table.values()}
         for peer in [p for p, heard in self._peers.items() if p not in busy and now - heard > self.lease]:
             self.forget(peer, now)
+        pausing = sorted((r for r in self._table.values() if now - r.heard > PAUSE), key=lambda r: r.heard)
+        while pausing and self.engine.starved:
+            if (s := pausing.pop(0).sequence) is not None:
+                self.engine.park(s)
         while self._lapsed and now - next(iter(self._lapsed.values())) > MEMORY:
             self._lapsed.popitem(last=False)
 

@@ -173,6 +173,25 @@ def test_preemption_takes_the_latest_and_changes_no_text(model: Path) -> None:
     check_empty(e)
 
 
+def test_who_is_idle_makes_room_for_a_text(model: Path) -> None:
+    """Sequences that hold every page and want nothing: the latest gives its own up, and only as many do as it takes; no text changes."""
+    params = SamplingParams(1.0, 20, seed=8)
+    first, second, third = prompts(3, 9, 30)
+    want = [engine(model).generate([p], params)[0].token_ids for p in (first, second, third)]
+    e = engine(model, page_size=16, kv_tokens=96)
+    idle = [e.open(p, params) for p in (first, second)]
+    while e.busy:
+        e.step()
+    assert e.generate([third], params)[0].token_ids == want[2]
+    assert [s.computed > 0 for s in idle] == [True, False] and not e.busy, "what was taken is not computed again unasked"
+    for s in idle:
+        e.run_until(s, s.limit)
+    while e.busy:
+        e.step()
+    assert [s.tokens[len(p) :] for s, p in zip(idle, (first, second), strict=True)] == want[:2]
+    check_empty(e)
+
+
 def test_a_deep_tree_does_not_preempt(model: Path) -> None:
     """Pages for its depth are more than there are beside an idle text: its prefix is verified, nobody is dropped, and the text is the same."""
     prompt, other = list(range(20)), list(range(30, 60))

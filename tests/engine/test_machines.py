@@ -71,11 +71,16 @@ class Operations(RuleBasedStateMachine):
         """Prompt and text as an engine writes it that does nothing else."""
         return PROMPTS[prompt] + engine(Operations.path).generate([PROMPTS[prompt]], PARAMS[params])[0].token_ids
 
-    @initialize(sizes=st.sampled_from(range(len(SIZES))))
-    def begin(self, sizes: int) -> None:
+    @initialize(sizes=st.sampled_from(range(len(SIZES))), crowd=st.integers(0, 6), more=st.sampled_from([0, 40]))
+    def begin(self, sizes: int, crowd: int, more: int) -> None:
+        """With a crowd of long texts from the start, which are idle or want to be longer still."""
         self.engine = Engine(self.runners[sizes])  # its pages hold what the last one left there
         self.texts: list[tuple[Sequence, list[int]]] = []
         self.rng = np.random.default_rng(0)
+        for i in range(crowd):
+            self.open(3 + i, i, b"a", 0)
+            self.run_until(i, more)
+        self.step(3 * crowd)
 
     @precondition(lambda self: len(self.texts) < 12)
     @rule(
@@ -125,6 +130,21 @@ class Operations(RuleBasedStateMachine):
         self.one_step()
         self.one_step()
         self.engine.cancel(s)
+
+    @precondition(lambda self: self.texts and not self.engine.busy)
+    @rule(prompt=st.integers(0, len(PROMPTS) - 1), params=st.integers(0, len(PARAMS) - 1))
+    def text(self, prompt: int, params: int) -> None:
+        """Where all others want nothing, whatever pages they hold, a text comes to its end."""
+        self.seen["operations"] += 1
+        text = self.engine.begin(PROMPTS[prompt], PARAMS[params])
+        prompts = sum(len(s.tokens) + 1 for s, _ in self.texts)  # of those that wait with nothing but a prompt: each may be computed, and go, before
+        for _ in range(text.sequence.limit + prompts):
+            if text.output.completion is not None:
+                break
+            self.engine.advance()
+        assert text.sequence.tokens == self.truth(prompt, params) and text.output.completion is not None
+        self.seen["parked"] += sum(s.parked for s, _ in self.texts)
+        self.engine.end(text)
 
     @rule(n=st.integers(1, 6))
     def step(self, n: int) -> None:
@@ -186,7 +206,7 @@ def test_any_order_of_operations_on_an_engine(operations: int, tmp_path: Path) -
     Operations.runners = [runner(tmp_path, **sizes) for sizes in SIZES]
     Operations.truth.cache_clear()
     seen = run(Operations, operations)
-    assert all(seen[what] for what in ("preempted", "evicted", "hits", "accepted", "finished")), seen
+    assert all(seen[what] for what in ("preempted", "parked", "evicted", "hits", "accepted", "finished")), seen
 
 
 # ----------------------------------------------------------------------------------------------------------------------

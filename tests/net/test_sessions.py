@@ -20,8 +20,25 @@ from specedge.engine.engine import Engine
 from specedge.engine.pages import PageTable
 from specedge.net import wire
 from specedge.net.quota import Quota
-from specedge.net.sessions import Peer, Sessions
-from specedge.net.wire import Busy, Cancel, Close, Draft, Error, GoAway, Hello, Message, Open, Opened, Prompt, Verdict, Welcome, pack_ids, unpack_ids
+from specedge.net.sessions import PAUSE, Peer, Sessions
+from specedge.net.wire import (
+    Busy,
+    Cancel,
+    Close,
+    Draft,
+    Error,
+    GoAway,
+    Hello,
+    Lease,
+    Message,
+    Open,
+    Opened,
+    Prompt,
+    Verdict,
+    Welcome,
+    pack_ids,
+    unpack_ids,
+)
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree, make_tree
 from tests.helpers import TINY, check_empty, engine, random_model
@@ -770,6 +787,33 @@ def test_a_session_that_waits_for_pages(models: tuple[Engine, Engine]) -> None:
     desk.run()
     assert desk.texts[Y] == PROMPT + desk.ids()
     desk.say(Close(Y))
+    check_empty(small)
+
+
+def test_who_pauses_makes_room(models: tuple[Engine, Engine]) -> None:
+    """A session that holds all pages and is silent, with leases renewed or not, loses them to those that wait, not its text; one between two rounds
+    loses nothing."""
+    small = Engine(models[0].runner)
+    small.pool = type(small.pool)(4, 16)
+    desk = Desk(small, models[1], Sessions(small, MODEL, lease=600.0))
+    desk.hello(ADA)
+    desk.open(X, LONG)
+    desk.draft(X, 1)
+    desk.run()
+    desk.open(Y)
+    desk.draft(Y, 1, until=CONTEXT)
+    desk.now += PAUSE
+    desk.sessions.expire(desk.now)
+    assert not small.busy and small.starved, "it may be about to draft"
+    desk.say(Lease(X))
+    desk.now += PAUSE + 0.1
+    desk.sessions.expire(desk.now)
+    desk.run()
+    assert desk.texts[Y] == PROMPT + desk.ids()
+    desk.say(Close(Y))
+    assert not small.busy and small._waiting, "nobody asked for it"
+    assert desk.finish(X, 2) == desk.ids(LONG)[1:]
+    desk.say(Close(X))
     check_empty(small)
 
 
