@@ -1,0 +1,120 @@
+"""CostModel: the time of a forward pass by its rows and the context that they read, learned on line from the passes themselves.
+
+    T(rows, context) = base + slope * max(0, rows - knee) + read * context
+
+`base` is the time that the weights' bytes take: up to `knee` rows, work hides behind it. Beyond, every row costs `slope`; `read` is what a token of
+K/V costs. Rows are rows, whether of prompts, trees or single tokens. One model belongs to one network on one device, and sees all its passes. Knows
+nothing of who asked for the rows, of tensors or of clocks. Invariant: a prediction is positive and never falls in rows or context.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+HALF_LIFE = 512  # passes after which an observation counts half: a machine that slows down is followed;
+HASTE = 0.9  # when errors all have one sign, it has changed, and an observation counts so much less with each pass
+KEPT = 0.01  # observations of a size of pass that are never forgotten: a server that runs one size only still knows the slope
+ENOUGH, SIZES, SPREAD = 24, 3, 4  # a fit is believed after so many passes of so many sizes, the largest so many times the smallest
+EVERY = 8  # passes between fits, which take 0.2 ms
+FLAT = 0.1  # share of `base` that the rows seen must add up to, or no knee is in sight
+UNKNOWN = 0.05  # seconds of a pass when none was seen
+KNEES = np.unique([round(2 ** (i / 4)) for i in range(41)])  # [K] 1 .. 1024; the sizes of passes are the intervals between them
+SUBSETS = np.array([[i >> c & 1 for c in range(3)] for i in range(1, 8)], bool)  # [7, 3] which of base, slope and read are not zero
+
+
+class CostModel:
+    """Before enough was seen, a row beyond `knee` is taken to cost `share` of an empty pass. The defaults are safe on a CPU, where rows cost most:
+    1/5 to 1/11 was measured there (int4 to float32, 0.5B and the demo's target), beyond 4 to 8 free rows, so 1/8 from the first row on admits
+    too little rather than too much, and what is admitted teaches the rest. `share` also holds beyond the largest pass seen while all were flat."""
+
+    def __init__(self, share: float = 1 / 8, knee: int = 1) -> None:
+        self._share, self._prior_knee = share, knee
+        self._base, self._slope, self._read, self._knee = UNKNOWN, share * UNKNOWN, 0.0, knee
+        self._seen = 0
+        self._fitted = False
+        self._error = self._bias = 0.0  # running means of |error| and error, relative
+        self._weight = np.zeros(len(KNEES) + 1)  # [sizes] observations, as far as they are remembered
+        self._moments = np.zeros((len(KNEES) + 1, 4, 4))  # [sizes] sums of z z' over z = (1, rows, context, seconds) / seconds predicted
+
+    def observe(self, rows: int, context: int, seconds: float) -> None:
+        """A pass over `rows` rows that read `context` tokens of K/V took `seconds`."""
+        if rows < 1 or context < 0 or not 0 < seconds < math.inf:
+            return
+        weight, forget = 1.0, 0.5 ** (1 / HALF_LIFE)
+        expected = seconds  # so that an outlier counts little as long as nothing is expected
+        if self._fitted:
+            expected = self.predict(rows, context)
+            error, limit = seconds / expected - 1, 3 * self._error + 0.01
+            weight = min(1.0, limit / max(abs(error), 1e-9))  # Huber's: a page fault counts like any error that is just too large
+            self._error += 0.02 * (min(abs(error), limit) - self._error)
+            self._bias += 0.1 * (min(max(error, -limit), limit) - self._bias)
+            forget = HASTE if abs(self._bias) > 0.9 * self._error + 0.005 else forget
+        keep = np.where(self._weight > KEPT, forget, 1.0)
+        self._weight *= keep
+        self._moments *= keep[:, None, None]
+        size, z = int(np.searchsorted(KNEES, rows)), np.array([1, rows, context, seconds]) / expected
+        self._weight[size] += weight
+        self._moments[size] += weight * np.outer(z, z)
+        self._seen += 1
+        if self._seen % EVERY == 0 or not self._fitted:
+            self._fit()
+
+    def predict(self, rows: int, context: int) -> float:
+        """Seconds of a pass."""
+        return self._base + self._slope * max(0, rows - self._knee) + self._read * context
+
+    def slope(self, rows: int) -> float:
+        """Seconds that one row more adds to a pass of `rows` rows."""
+        return self._slope if rows >= self._knee else 0.0
+
+    @property
+    def knee(self) -> int:
+        """Rows up to which a pass costs as much as an empty one."""
+        return self._knee
+
+    @property
+    def confident(self) -> bool:
+        """Whether predictions come from observations, not from the default."""
+        return self._fitted
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _fit(self) -> None:
+        """Least squares of relative errors for every knee; the best knee, the smallest among equals."""
+        sizes = np.flatnonzero(self._weight)
+        low, high = int(KNEES[min(sizes[0], len(KNEES) - 1)]), int(KNEES[min(sizes[-1], len(KNEES) - 1)])
+        if self._seen < ENOUGH or len(sizes) < SIZES or high < SPREAD * low:
+            rows = np.append(KNEES, 2 * KNEES[-1])[sizes]
+            seconds = self._weight[sizes] / self._moments[sizes, 0, 3]  # harmonic means
+            unit = float(np.average(seconds / (1 + self._share * np.maximum(0, rows - self._prior_knee)), weights=self._weight[sizes]))
+            self._base, self._slope = unit, self._share * unit
+            return
+        found, loss = _solve(self._moments[: sizes[-1] + 1])
+        best = int(np.argmax(loss <= 1.001 * loss.min()))
+        base, slope, read = map(float, found[best])
+        self._base, self._slope, self._read, self._knee = max(base, 1e-9), slope, read, int(KNEES[best])
+        if slope * (high - self._knee) < FLAT * self._base:
+            self._knee, self._slope = high, self._share * self._base
+        if not self._fitted:
+            self._fitted, self._error = True, 0.1
+
+
+def _solve(moments: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """For every knee among the sizes: the coefficients `[K, 3]`, none negative, that fit best, and their loss `[K]`. Of the seven sets of
+    coefficients that are not zero the best is taken. What rows and context explain equally well is put down to rows."""
+    knees = KNEES[: max(1, len(moments) - 1)]
+    below = np.cumsum(moments, 0)[: len(knees)]
+    above = moments.sum(0) - below
+    below[:, 1, :] = below[:, :, 1] = 0  # up to the knee rows do not count,
+    shift = np.tile(np.eye(4), (len(knees), 1, 1))
+    shift[:, 1, 0] = -knees  # from there on those beyond it do
+    sums = below + shift @ above @ shift.transpose(0, 2, 1)  # [K, 4, 4]
+    norm = np.sqrt(np.einsum("kcc->kc", sums)[:, :3]) + 1e-300
+    a = sums[:, :3, :3] / norm[:, :, None] / norm[:, None] + np.diag([1e-9, 1e-9, 1e-4])
+    b = sums[:, :3, 3] / norm
+    both = SUBSETS[:, :, None] & SUBSETS[:, None, :]
+    found = np.linalg.solve(np.where(both, a[:, None], np.eye(3)), np.where(SUBSETS, b[:, None], 0.0)[..., None])[..., 0]  # [K, 7, 3]
+    gain = np.where((found >= 0).all(2), np.einsum("ksc,kc->ks", found, b), -np.inf)
+    total = float(sums[0, 3, 3])
+    return found[np.arange(len(knees)), gain.argmax(1)] / norm, np.maximum(total - gain.max(1), 1e-9 * total)
