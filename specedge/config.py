@@ -170,12 +170,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Sizes of an engine. `kv_tokens`: tokens whose K/V fit its pages; `max_rows`: rows of one step."""
+    """Sizes of an engine. `kv_tokens`: tokens whose K/V fit its pages; `max_rows`: rows of one step. `admission`: of every tree verify the nodes
+    that are worth their rows, else all of them."""
 
     kv_tokens: int = 16384
     page_size: int = 64
     max_rows: int = 512
     max_sequences: int = 256
+    admission: bool = True
 
     def __post_init__(self) -> None:
         _require(self.page_size in (16, 32, 64, 128), "page_size", self.page_size, "16, 32, 64 or 128")

@@ -65,8 +65,9 @@ def random_model(path: Path, seed: int = 0, tokenizer: Tokenizer | None = None, 
 
 
 def runner(path: Path, rows: int | None = None, dtype: str = "float32", **sizes: int) -> Runner:
-    """A runner on the CPU, with `rows` rows of row buffer (default: those of a step)."""
-    size = EngineConfig(**{"kv_tokens": 4096, **sizes})
+    """A runner on the CPU, with `rows` rows of row buffer (default: those of a step). Trees are verified whole unless `admission` is asked for:
+    what a step does then depends on no times."""
+    size = EngineConfig(**{"kv_tokens": 4096, "admission": False, **sizes})
     return Runner.load(path, size, rows or size.max_rows, "cpu", dtype, False)
 
 

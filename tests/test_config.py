@@ -63,6 +63,7 @@ TABLE: dict[tuple[type, str], tuple[list[Any], list[Any]]] = {
     (EngineConfig, "page_size"): ([16, 32, 64, 128], [0, -64, 1, 48, 256, 63.5, "64", None]),
     (EngineConfig, "max_rows"): ([2, 65536], [0, 1, -1, 65537, 2.5, NAN]),
     (EngineConfig, "max_sequences"): ([1, 65536], [0, -1, 65537, 2.5, NAN]),
+    (EngineConfig, "admission"): ([True, False], []),
     (DraftConfig, "tree_size"): ([0, 1, 255], [-1, 256, 7.5, NAN]),
     (DraftConfig, "width"): ([1, 255], [0, -1, 256, 7.5, NAN]),
     (DraftConfig, "branch"): ([1, 255], [0, -1, 256, 7.5, NAN]),

@@ -64,6 +64,10 @@ class CostModel:
         """Seconds of a pass."""
         return self._base + self._slope * max(0, rows - self._knee) + self._read * context
 
+    def times(self, rows: NDArray[np.int64], context: int) -> NDArray[np.float64]:
+        """Seconds of passes of so many `rows` each."""
+        return self._base + self._slope * np.maximum(0, rows - self._knee) + self._read * context
+
     def slope(self, rows: int) -> float:
         """Seconds that one row more adds to a pass of `rows` rows."""
         return self._slope if rows >= self._knee else 0.0

@@ -8,20 +8,23 @@ prompts beside it. Knows nothing of draft models or sockets. One thread at a tim
 any. Invariant: the text of a sequence is a function of model, tokens, parameters and seed alone.
 """
 
+import time
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from specedge.config import EngineConfig, SamplingParams
+from specedge.config import MAX_ROWS_PER_TREE, EngineConfig, SamplingParams
+from specedge.engine.admission import Admission
 from specedge.engine.batch import BatchBuilder
+from specedge.engine.cost import CostModel
 from specedge.engine.hub import locate
 from specedge.engine.pages import OutOfPages, PagePool
 from specedge.engine.request import Account, Output, Sequence, Verdict, walk
 from specedge.engine.runner import Runner
 from specedge.engine.sampler import Ask, Sampler
-from specedge.engine.scheduler import Grant, Want, schedule
+from specedge.engine.scheduler import CHUNK_BESIDE_TREES, Grant, Want, schedule
 from specedge.engine.texts import Guard, RequestError, Text, TextEngine, alone
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree
@@ -38,16 +41,21 @@ class Job:
 
 
 class Engine(TextEngine):
-    """A runner and the sequences that share it. `eos_ids` end a text unless its parameters say otherwise. Close it, or use it in a `with`."""
+    """A runner and the sequences that share it. `eos_ids` end a text unless its parameters say otherwise. `cost` is what it has learned of the time
+    of its steps. Close it, or use it in a `with`."""
 
     def __init__(self, runner: Runner, tokenizer: Tokenizer | None = None, eos_ids: tuple[int, ...] = ()) -> None:
         self.runner, self.tokenizer, self.eos_ids = runner, tokenizer, eos_ids
         self.vocab = runner.model.config.vocab
         self.pool = PagePool(runner.sizes.pages, runner.sizes.page_size)
+        # on a GPU many rows are nearly free: an H200 has its balance at 183 rows, smaller ones at 64 or more
+        self.cost = CostModel() if runner.device.type == "cpu" else CostModel(share=1 / 128, knee=64)
+        self.admission = Admission(self.cost)
         self._sampler = Sampler(self.vocab, tokenizer.size if tokenizer else self.vocab, runner.device)
         self._waiting: list[Sequence] = []  # not admitted yet
         self._running: list[Sequence] = []  # longest waiting first
         self._opened = 0  # sequences so far
+        self._stepped = (0.0, 0.0)  # when the last step began and ended; zeros: nobody has been here since
         self._everybody = Account()  # pays where nobody is named
         self._credit: dict[Hashable, int] = {}  # the scheduler's: rows that accounts are owed
         self._texts: dict[Sequence, Text] = {}
@@ -108,6 +116,8 @@ class Engine(TextEngine):
         """Have `tree` verified below the root of `sequence` in one of the next steps. Raises TreeError if it is no tree over the vocabulary."""
         tree.check(self.vocab)
         sequence.tree = tree
+        if sequence.answered:
+            self.admission.returned(time.perf_counter() - sequence.answered)
 
     @alone
     def run_until(self, sequence: Sequence, length: int) -> None:
@@ -154,19 +164,22 @@ class Engine(TextEngine):
     @alone
     def step(self) -> list[Verdict]:
         """One forward pass: schedule -> run -> sample -> accept -> commit -> emit."""
+        begun = time.perf_counter()
         self.guard.catch_up()
         self._admit()
         running = [s for s in self._running if not s.held]
         batch, jobs = self.runner.batch(), list[Job]()
-        for grant in schedule([self._want(s) for s in running], self.runner.sizes.max_rows, self._credit):
+        for grant in schedule(self._wants(running), self.runner.sizes.max_rows, self._credit, self.cost):
             s = running[grant.index]
             tree = self._tree(s, grant)
             if self._reserve(s, s.computed + grant.chain + int(tree.depths().max()), jobs):
                 jobs.append(self._add(batch, s, grant, tree))
         if not jobs:
             return []
+        context = sum(job.sequence.computed for job in jobs)
         sampled = self._sample(batch, jobs)
         verdicts = [v for job in jobs if (v := self._accept(job, sampled)) is not None]
+        self._learn([job for job in jobs if job.grant.token], verdicts, batch.rows, context, begun)
         for v in verdicts:
             if v.sequence in self._texts:
                 text = self._texts[v.sequence]
@@ -222,8 +235,33 @@ class Engine(TextEngine):
         self._running.remove(s)
         self._waiting.insert(sum(w.order < s.order for w in self._waiting), s)
 
-    def _want(self, s: Sequence) -> Want:
-        return Want(s.pending, s.wants_token, len(s.tree) if s.tree is not None else 0, s.account)
+    def _wants(self, running: list[Sequence]) -> list[Want]:
+        """What each wants of the next step: of its tree, the nodes that are worth their rows."""
+        wants = [Want(s.pending, s.wants_token, len(s.tree) if s.tree is not None else 0, s.account) for s in running]
+        ready = [i for i, w in enumerate(wants) if w.token and w.chain <= MAX_ROWS_PER_TREE]
+        if self.runner.sizes.admission and any(wants[i].nodes for i in ready):
+            rows, prompts = sum(wants[i].chain for i in ready), sum(w.chain - 1 for i, w in enumerate(wants) if i not in ready)
+            chosen = self.admission.choose(
+                [running[i].acceptance for i in ready], [wants[i].nodes for i in ready], rows, len(ready),
+                sum(running[i].computed for i in ready), self.runner.sizes.max_rows - rows - min(prompts, CHUNK_BESIDE_TREES),
+            )  # fmt: skip
+            for i, nodes in zip(ready, chosen, strict=True):
+                wants[i] = replace(wants[i], nodes=nodes)
+        return wants
+
+    def _learn(self, jobs: list[Job], verdicts: list[Verdict], rows: int, context: int, begun: float) -> None:
+        """Remember how long the step took and what was accepted. `jobs` are those that got the `verdicts`."""
+        now, (before, ended) = time.perf_counter(), self._stepped
+        self.cost.observe(rows, context, now - begun)
+        if ended:
+            self.admission.paused(begun - ended, ended - before)
+        self._stepped = (begun, now) if self._running or self._waiting else (0.0, 0.0)
+        known = [job.sequence.acceptance for job in jobs]
+        for job in jobs:
+            job.sequence.answered = now
+        if self.runner.sizes.admission:
+            self.admission.learn(known, [len(job.tree) for job in jobs], [job.tree.path(v.row) for job, v in zip(jobs, verdicts, strict=True)])
+            self.admission.plan(known, len(known), context, self.runner.sizes.max_rows - len(known))
 
     def _tree(self, s: Sequence, grant: Grant) -> TokenTree:
         """What of the offered tree is verified: the granted nodes, up to the first that lies too deep to be accepted or to have a page. Nobody is

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from specedge.config import SamplingParams
+from specedge.engine.admission import Acceptance
 from specedge.engine.pages import PageTable
 from specedge.text import Detokenizer, Tokenizer
 from specedge.tree import TokenTree
@@ -41,6 +42,8 @@ class Sequence:
     run_until: int = 0  # decode alone while the text is shorter
     finish: str = ""  # "stop" or "length" once it has ended
     parked: bool = False  # its pages were taken while it was idle
+    acceptance: Acceptance = field(default_factory=Acceptance)  # how its drafts have fared
+    answered: float = 0.0  # when its last verdict was given; 0: never
 
     @property
     def limit(self) -> int:

@@ -11,8 +11,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from specedge.config import MAX_ROWS_PER_TREE
+from specedge.engine.cost import CostModel
 
-CHUNK_BESIDE_TREES = 64  # prompt rows in a step that also verifies: a joining prompt must not hold up the rounds of others
+CHUNK_BESIDE_TREES = 64  # prompt rows in a step that also verifies, as long as the time of a step is not known
+MAX_CHUNK = 65536
+LEAST = 16  # such rows at least, however many are verified: no prompt starves
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +46,17 @@ class Grant:
         return self.chain + self.nodes
 
 
-def schedule(wants: Sequence[Want], max_rows: int, credit: dict[Hashable, int] | None = None) -> list[Grant]:
+def schedule(
+    wants: Sequence[Want], max_rows: int, credit: dict[Hashable, int] | None = None, cost: CostModel | None = None
+) -> list[Grant]:  # fmt: skip
     """Divide `max_rows` rows among `wants`, which come in order of waiting time, longest first. `credit`: what accounts are owed of earlier steps; it
-    is brought up to date.
+    is brought up to date. `cost`: what is known of the time of a step.
 
     First those whose next token is in reach, then prompt chunks. A tree that does not fit any more waits whole; one that would not fit an
     empty step is cut, which is safe because every prefix of a tree is a tree.
     """
     credit = {} if credit is None else credit
-    grants = _divide(wants, turns(wants, credit), max_rows)
+    grants = _divide(wants, turns(wants, credit), max_rows, cost)
     _settle(wants, grants, max_rows, credit)
     return grants
 
@@ -84,7 +89,19 @@ def _settle(wants: Sequence[Want], grants: list[Grant], max_rows: int, credit: d
     credit.update(new)
 
 
-def _divide(wants: Sequence[Want], order: list[int], max_rows: int) -> list[Grant]:
+def chunk(rows: int, answers: int, prompts: int, cost: CostModel | None) -> int:
+    """Prompt rows beside `rows` rows that answer `answers` sequences, while `prompts` prompts wait. They fill what is free under the knee; beyond it
+    a prompt gets the time that each of the others has, and all prompts together no more than all others, so that a step takes at most twice its time;
+    but `LEAST` rows in any case. A prompt alone takes whole steps."""
+    if cost is None or not cost.confident:
+        return CHUNK_BESIDE_TREES
+    time = min(1.0, prompts / answers) * cost.predict(rows, 0)
+    slope = cost.slope(max(rows, cost.knee))
+    beyond = int(min(time / slope, MAX_CHUNK)) if slope > 0 else MAX_CHUNK
+    return max(LEAST, max(0, cost.knee - rows) + beyond)
+
+
+def _divide(wants: Sequence[Want], order: list[int], max_rows: int, cost: CostModel | None) -> list[Grant]:
     grants: list[Grant] = []
     free = max_rows
     answers = {i: _answer(i, wants[i], max_rows) for i in order}
@@ -93,11 +110,12 @@ def _divide(wants: Sequence[Want], order: list[int], max_rows: int) -> list[Gran
         if grant is not None and grant.rows <= free - (owed if grants else 0):  # the rounds of many must not starve a prompt
             grants.append(grant)
             free -= grant.rows
-    if grants:
-        free = min(free, CHUNK_BESIDE_TREES)
-    for i in order:
+    prompts = [i for i in order if answers[i] is None and wants[i].chain > 1]
+    if grants and prompts:
+        free = min(free, chunk(max_rows - free, len(grants), len(prompts), cost))
+    for i in prompts:
         chain = min(wants[i].chain - 1, free)  # the root stays behind: its row makes the token
-        if chain > 0 and answers[i] is None:
+        if chain > 0:
             grants.append(Grant(i, chain, False))
             free -= chain
     return grants

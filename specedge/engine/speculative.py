@@ -81,7 +81,7 @@ class SpeculativeEngine(TextEngine):
             pass
         for text in drafting:
             assert text.session is not None
-            tree = self.drafter.submit(text.session, self.drafter.config.tree_size)
+            tree = self.drafter.submit(text.session, min(self.drafter.config.tree_size, text.sequence.acceptance.budget))
             text.offered = len(tree)
             self.engine.offer(text.sequence, tree)
         for verdict in self.engine.step():

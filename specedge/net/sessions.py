@@ -336,19 +336,24 @@ class Sessions:
         assert r.sequence is not None
         tokens = r.sequence.tokens[base : base + wire.CHUNK]
         finish = r.sequence.finish if base + len(tokens) == len(r.sequence.tokens) else ""
-        return wire.Verdict(r.opened.session, r.round, base, 0, wire.pack_ids(tokens), 0, wire.FINISH.index(finish), self._max_nodes, 0, 0)
+        return wire.Verdict(r.opened.session, r.round, base, 0, wire.pack_ids(tokens), 0, wire.FINISH.index(finish), self._budget(r), 0, 0)
 
     def _verdict(self, r: Remote, v: request.Verdict, now: float, spent: float) -> wire.Verdict:
         r.heard = now  # whoever is being served is not silent
         queue = max(0.0, now - r.taken - spent) if r.flying else 0.0
         message = wire.Verdict(
             r.opened.session, r.round, v.base, v.row, wire.pack_ids(list(v.tokens)), min(v.verified, 2**16 - 1),
-            wire.FINISH.index(v.finish), self._max_nodes, min(int(queue * 1e6), 2**32 - 1), min(int(spent * 1e6), 2**32 - 1),
+            wire.FINISH.index(v.finish), self._budget(r), min(int(queue * 1e6), 2**32 - 1), min(int(spent * 1e6), 2**32 - 1),
         )  # fmt: skip
         if r.flying:
             r.last = message
         self._fly(r, False)
         return message
+
+    def _budget(self, r: Remote) -> int:
+        """Nodes worth offering next time, by what the engine has learned."""
+        assert r.sequence is not None
+        return min(self._max_nodes, r.sequence.acceptance.budget)
 
     def _goaway(self, now: float) -> Message:
         assert self._ends is not None

@@ -6,7 +6,9 @@ from collections.abc import Hashable, Iterator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specedge.engine.scheduler import CHUNK_BESIDE_TREES, Grant, Want, schedule, turns
+from specedge.engine.scheduler import CHUNK_BESIDE_TREES, LEAST, Grant, Want, chunk, schedule, turns
+from tests.engine.test_admission import Known
+from tests.engine.test_cost import CPU, GPU, Law
 
 WANTS = st.lists(st.builds(Want, chain=st.integers(1, 900), token=st.booleans(), nodes=st.integers(0, 255)), max_size=12)
 
@@ -77,6 +79,31 @@ def test_a_plain_decode_takes_the_rest_of_its_prompt_in_one_go() -> None:
 def test_the_rounds_of_many_do_not_starve_a_prompt() -> None:
     grants = schedule([Want(300, True, 31)] + [Want(1, True, 31)] * 17, 512)
     assert Grant(0, CHUNK_BESIDE_TREES, False) in grants and len(grants) >= 14
+
+
+def test_a_prompt_fills_the_rows_under_the_knee() -> None:
+    gpu = Known(GPU)
+    assert GPU[2] - 32 * 5 <= chunk(32 * 5, 5, 1, gpu) < 90, "20 rows are free, and a fifth of the step's time beside"
+    cpu = Known(CPU)
+    time = cpu.predict(32, 0)
+    assert cpu.predict(32 + chunk(32, 1, 1, cpu), 0) <= 2 * time + CPU[1] < 2.2 * time, "as much time as the one that is verified has"
+    assert chunk(32, 1, 5, cpu) == chunk(32, 1, 1, cpu), "and no more for several prompts together"
+    assert chunk(128, 4, 1, cpu) == int(cpu.predict(128, 0) / 4 / CPU[1])
+
+
+@given(st.integers(1, 4096), st.integers(1, 256), st.integers(1, 50), st.sampled_from([CPU, GPU, (0.02, 0.0, 4, 0.0)]))
+def test_a_prompt_gets_on_beside_any_number_of_rounds(rows: int, answers: int, prompts: int, of: Law) -> None:
+    cost = Known(of)
+    got = chunk(rows, answers, prompts, cost)
+    assert got >= LEAST
+    if got > max(LEAST, of[2] - rows) and of[1]:
+        assert cost.predict(rows + got, 0) <= 2 * cost.predict(rows, 0) * 1.0001
+
+
+def test_a_prompt_alone_takes_whole_steps() -> None:
+    assert schedule([Want(5000, False)], 512, cost=Known(CPU)) == [Grant(0, 512, False)]
+    grants = schedule([Want(5000, False), Want(1, True, 7)], 512, cost=Known(CPU))
+    assert grants == [Grant(1, 1, True, 7), Grant(0, chunk(8, 1, 1, Known(CPU)), False)]
 
 
 @given(WANTS)
