@@ -82,7 +82,7 @@ def others(c: ModelConfig, dtype: torch.dtype, rows: int) -> list[Case]:
         (f"rope_write x {rows}", 2 * qkv.numel() * size, 0, lambda: kernels.rope_write(qkv, angle, angle, index, index, rows_kv, c.heads)),
         (f"commit x {rows}", 2 * buffer.numel() * size, 0, lambda: kernels.commit(buffer, pages, at, at // 64, at % 64)),
         (f"sample x {rows}", 4 * (logits.numel() + c.vocab), 0, lambda: kernels.sample(logits, noise, zeros, ones, c.vocab)),
-        (f"truncate x {rows}", 8 * logits.numel(), 0, lambda: kernels.truncate(logits, ones, ones * 0.01, zeros + 50, half, c.vocab)),
+        (f"truncate x {rows}", 8 * logits.numel(), 0, lambda: kernels.truncate(logits, ones, ones * -4.6, zeros + 50, half, c.vocab)),
     ]
 
 

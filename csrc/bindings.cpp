@@ -262,13 +262,13 @@ Tensor sample_op(const Tensor& logits, const Tensor& noise, const Tensor& noise_
   return out;
 }
 
-Tensor truncate_op(const Tensor& logits, const Tensor& inv_temperature, const Tensor& min_p, const Tensor& top_k, const Tensor& top_p, int64_t limit) {
+Tensor truncate_op(const Tensor& logits, const Tensor& inv_temperature, const Tensor& log_min_p, const Tensor& top_k, const Tensor& top_p,
+                   int64_t limit) {
   check(logits, "logits", 2, at::kFloat), check(inv_temperature, "inv_temperature", 1, at::kFloat);
-  check(min_p, "min_p", 1, at::kFloat), check(top_k, "top_k", 1, at::kInt), check(top_p, "top_p", 1, at::kDouble);
+  check(log_min_p, "log_min_p", 1, at::kFloat), check(top_k, "top_k", 1, at::kInt), check(top_p, "top_p", 1, at::kDouble);
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   TORCH_CHECK(limit > 0 && limit <= vocab && vocab <= INT32_MAX, "limit ", limit, " of a vocabulary of ", vocab);
-  for (const Tensor& t : {inv_temperature, min_p, top_k, top_p}) TORCH_CHECK(t.size(0) == rows, "every filter must have ", rows, " elements");
-  const Tensor log_min_p = min_p.log();  // of 0: -inf, which keeps all
+  for (const Tensor& t : {inv_temperature, log_min_p, top_k, top_p}) TORCH_CHECK(t.size(0) == rows, "every filter must have ", rows, " elements");
   Tensor out = at::empty_like(logits);
   truncate(data<float>(logits), Filters{data<float>(inv_temperature), data<float>(log_min_p), data<int32_t>(top_k), data<double>(top_p)},
            data<float>(out), rows, vocab, limit);
@@ -292,7 +292,7 @@ TORCH_LIBRARY(specedge, m) {
   m.def("linear_int(Tensor x, Tensor packed, Tensor? scale, int n, Tensor? bias, bool scalar=False) -> Tensor");
   m.def("gumbel(int seed, int position, int vocab) -> Tensor", specedge::gumbel_op);
   m.def("sample(Tensor logits, Tensor noise, Tensor noise_row, Tensor inv_temperature, int limit, bool scalar=False) -> Tensor");
-  m.def("truncate(Tensor logits, Tensor inv_temperature, Tensor min_p, Tensor top_k, Tensor top_p, int limit) -> Tensor");
+  m.def("truncate(Tensor logits, Tensor inv_temperature, Tensor log_min_p, Tensor top_k, Tensor top_p, int limit) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(specedge, CPU, m) {

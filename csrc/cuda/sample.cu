@@ -1,6 +1,6 @@
-// gumbel, sample and truncate on a GPU: the noise of shared-noise verification, the argmax under it, and the filters before it, without a sort.
+// Sampling on a GPU: bias and penalties, the filters without a sort, the noise of shared-noise verification, the argmax under it.
 //
-// No torch: the launchers at the end are plain C for specedge/kernels/cuda_sample.py; they ask nothing of the device and so can be captured.
+// No torch: the launchers at the end are plain C for specedge/kernels/cuda_ops.py; they ask nothing of the device and so can be captured.
 // Invariant: as in csrc/cpu/sample.cpp. gumbel is integer arithmetic, float64 and one rounding; a product is rounded before noise is added; ranks are
 // larger value, then smaller id; sums of weights are integers. So ids are those of the CPU, and the same in any order of threads.
 #include <cmath>
@@ -10,9 +10,13 @@ namespace {
 
 constexpr int THREADS = 512, BINS = 1024;
 
-__global__ void gumbel_kernel(uint64_t seed, uint32_t position, float* out, int vocab) {
+__global__ void noise_kernel(const int64_t* fills, float* table, int vocab) {
+  const int64_t *fill = fills + 3 * blockIdx.y, slot = fill[2];
   const int counter = blockIdx.x * blockDim.x + threadIdx.x;
-  if (4 * counter >= vocab) return;
+  if (slot < 0 || 4 * counter >= vocab) return;
+  const uint64_t seed = uint64_t(fill[0]);
+  const uint32_t position = uint32_t(fill[1]);
+  float* out = table + slot * vocab;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   uint32_t x[4] = {uint32_t(counter), position, 0, 0};
   for (int round = 0; round < 10; round++) {  // Philox4x32-10
@@ -23,6 +27,25 @@ __global__ void gumbel_kernel(uint64_t seed, uint32_t position, float* out, int 
   for (int i = 0; i < 4 && 4 * counter + i < vocab; i++) {
     const double e = (double(x[i]) + 0.5) * 0x1p-32, most = 1 - 0x1p-24;
     out[4 * counter + i] = float(-log(-log1p(-(e < most ? e : most))));
+  }
+}
+
+// Bias, min_tokens and penalties of one row: a thread takes every THREADS-th of its edits, whose tokens differ.
+__global__ void __launch_bounds__(THREADS) adjust_kernel(float* logits, const int32_t* rows, const float* penalties, const int32_t* edits,
+                                                         const float* bias, const int32_t* paths, int vocab) {
+  const int64_t row = blockIdx.x;
+  const int32_t first = rows[4 * row], end = rows[4 * row + 1], path = rows[4 * row + 2], path_end = rows[4 * row + 3];
+  const float repetition = penalties[3 * row], frequency = penalties[3 * row + 1], presence = penalties[3 * row + 2];
+  for (int e = first + int(threadIdx.x); e < end; e += THREADS) {
+    const int32_t token = edits[3 * e], count = edits[3 * e + 1], held = edits[3 * e + 2];
+    int here = 0;
+    for (int i = path; i < path_end; i++) here += paths[i] == token;
+    float z = __fadd_rn(logits[row * vocab + token], bias[e]);
+    if (path_end - path < held) z = -INFINITY;
+    if (count >= 0 || here > 0) z = z > 0 ? __fdiv_rn(z, repetition) : __fmul_rn(z, repetition);
+    const int times = (count > 0 ? count : 0) + here;
+    z = __fsub_rn(z, __fmul_rn(frequency, float(times)));
+    logits[row * vocab + token] = __fsub_rn(z, __fmul_rn(presence, times > 0 ? 1.0f : 0.0f));
   }
 }
 
@@ -45,6 +68,7 @@ __device__ void best_of_block(float& value, int& id) {
 __global__ void __launch_bounds__(THREADS) sample_kernel(const float* logits, const float* noise, const int32_t* noise_row,
                                                          const float* inv_temperature, int64_t* out, int vocab, int limit) {
   const int64_t row = blockIdx.x;
+  if (noise_row[row] < -1) return;  // padding
   const float *z = logits + row * vocab, t = inv_temperature[row];
   const float* g = noise_row[row] < 0 ? nullptr : noise + int64_t(noise_row[row]) * vocab;
   float top = -INFINITY;
@@ -150,6 +174,7 @@ __device__ Cut shortest(const Row& row, Cut within, Need need) {
 __global__ void __launch_bounds__(THREADS) truncate_kernel(const float* logits, const float* inv_temperature, const float* log_min_p,
                                                            const int32_t* top_k, const double* top_p, float* out, int vocab, int limit) {
   const int64_t r = blockIdx.x;
+  if (out == logits && log_min_p[r] == -INFINITY && top_k[r] <= 0 && top_p[r] >= 1) return;  // no filter; ids past the limit are never sampled
   Row row = {logits + r * vocab, inv_temperature[r], -INFINITY, log_min_p[r], limit};
   int id = limit;
   float top = -INFINITY;
@@ -191,9 +216,16 @@ __global__ void __launch_bounds__(THREADS) truncate_kernel(const float* logits, 
 
 // Each returns 0 or what cudaGetLastError says.
 
-// out [vocab].
-extern "C" int specedge_gumbel(uint64_t seed, uint32_t position, float* out, int vocab, cudaStream_t stream) {
-  gumbel_kernel<<<(vocab + 511) / 512, 128, 0, stream>>>(seed, position, out, vocab);
+// fills [count, 3]: seed, position and the row of `table [*, vocab]` that gets their noise; a negative row: nothing to do.
+extern "C" int specedge_noise(const int64_t* fills, float* table, int count, int vocab, cudaStream_t stream) {
+  noise_kernel<<<dim3((vocab + 511) / 512, count), 128, 0, stream>>>(fills, table, vocab);
+  return cudaGetLastError();
+}
+
+// logits [count, vocab], in place; the rest as in reference.adjust.
+extern "C" int specedge_adjust(float* logits, const int32_t* rows, const float* penalties, const int32_t* edits, const float* bias,
+                               const int32_t* paths, int count, int vocab, cudaStream_t stream) {
+  adjust_kernel<<<count, THREADS, 0, stream>>>(logits, rows, penalties, edits, bias, paths, vocab);
   return cudaGetLastError();
 }
 
@@ -204,7 +236,7 @@ extern "C" int specedge_sample(const float* logits, const float* noise, const in
   return cudaGetLastError();
 }
 
-// out [rows, vocab]: logits, or -inf where a token does not survive. log_min_p: ln(min_p), or -inf.
+// out [rows, vocab]: logits, or -inf where a token does not survive. `out` may be `logits`; rows without a filter are then left as they are.
 extern "C" int specedge_truncate(const float* logits, const float* inv_temperature, const float* log_min_p, const int32_t* top_k,
                                  const double* top_p, float* out, int rows, int vocab, int limit, cudaStream_t stream) {
   truncate_kernel<<<rows, THREADS, 0, stream>>>(logits, inv_temperature, log_min_p, top_k, top_p, out, vocab, limit);

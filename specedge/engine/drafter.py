@@ -312,17 +312,9 @@ class Drafter:
 
     @torch.inference_mode()
     def _score(self, logits: Tensor, grown: list[tuple[Session, Node]]) -> tuple[list[list[float]], list[list[int]]]:
-        """Log-probability and id of the best children of every row: log_softmax((log q + g) / tau), with the noise that the target will use."""
+        """Log-probability and id of the best children of every row, with the noise that the target will use."""
         asks = [Ask(s.params, s.tokens, s.prompt_len, s.stop, [_path(node)]) for s, node in grown]
-        logits, limit = self._sampler.process(logits, asks, looser=True), self._sampler.limit
-        log_q = (logits[:, :limit] * self._sampler.inverse_temperatures(asks)[:, None]).log_softmax(-1)
-        keys = [key for ask in asks for key in ask.keys]
-        noisy = [i for i, k in enumerate(keys) if k is not None]
-        if noisy:
-            table, where = self._sampler.noise.rows([k for k in keys if k is not None])
-            rows = [where[k] for k in keys if k is not None]
-            log_q[noisy] = ((log_q[noisy] + table[rows, :limit]) / self.config.tau).log_softmax(-1)
-        values, ids = log_q.topk(min(self.config.branch, limit))
+        values, ids = self._sampler.score(logits, self._sampler.draw(asks, looser=True), self.config.tau, self.config.branch)
         return values.tolist(), ids.tolist()
 
     # ------------------------------------------------------------------------------------------------------------------

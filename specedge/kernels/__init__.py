@@ -2,8 +2,8 @@
 
 Chosen once, by what was built: C++ for CPU tensors if a library for this processor loads, Triton for CUDA tensors, plain torch otherwise. Triton
 is imported for the first CUDA tensor and not before. Knows nothing of models or sequences. Invariant: whatever runs, the result is the
-reference's, up to rounding (gumbel, sample, commit and rope_write: exactly); with the C++ and Triton ops a row's bits do not depend on what it
-is batched with.
+reference's, up to rounding (accept, adjust, commit, gumbel, rope_write, sample and truncate: exactly); with the C++ and Triton ops a row's
+bits do not depend on what it is batched with.
 """
 
 import sysconfig
@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from specedge.kernels import reference
-from specedge.kernels.cuda_sample import CudaSample
+from specedge.kernels.cuda_ops import CudaOps
 
 __all__ = [
-    "add_rms_norm", "attention", "backend", "commit", "gumbel", "norm_rope_write", "rms_norm", "rope_write", "sample", "silu_mul", "truncate",
+    "accept", "add_rms_norm", "adjust", "attention", "backend", "commit", "fill_noise", "gumbel", "norm_rope_write", "rms_norm", "rope_write",
+    "sample", "silu_mul", "truncate",
 ]  # fmt: skip
+
+CAPTURABLE = "triton, cuda"  # the backend of which no op waits for the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,10 @@ class Ops:
     norm_rope_write: Callable[[Tensor, Tensor, Tensor, float, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
     attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
     commit: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    accept: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     gumbel: Callable[[int, int, int, torch.device], Tensor]
+    fill_noise: Callable[[Tensor, Tensor], None]
+    adjust: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
     truncate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
@@ -51,7 +57,10 @@ _TORCH = Ops(
     reference.norm_rope_write,
     reference.attention,
     reference.commit,
+    reference.accept,
     reference.gumbel,
+    reference.fill_noise,
+    reference.adjust,
     reference.sample,
     reference.truncate,
 )
@@ -86,6 +95,15 @@ def _cpp(folder: Path) -> Ops:
         out: Tensor = cpp.rope_write.default(normed.flatten(1), *rope)
         return out
 
+    def gumbel(seed: int, position: int, vocab: int, _: torch.device) -> Tensor:
+        out: Tensor = cpp.gumbel.default((seed + 2**63) % 2**64 - 2**63, position, vocab)  # same bits, signed
+        return out
+
+    def fill_noise(table: Tensor, fills: Tensor) -> None:
+        for seed, position, row in fills.tolist():
+            if row >= 0:
+                table[row] = cpp.gumbel.default(seed, position, table.shape[1])
+
     return Ops(
         f"cpp {isa}",
         cpp.rms_norm.default,
@@ -95,7 +113,10 @@ def _cpp(folder: Path) -> Ops:
         norm_rope_write,
         cpp.attention.default,
         reference.commit,  # a copy: torch does it at the speed of memory
-        lambda seed, position, vocab, _: cpp.gumbel.default((seed + 2**63) % 2**64 - 2**63, position, vocab),  # same bits, signed
+        reference.accept,
+        gumbel,
+        fill_noise,
+        reference.adjust,
         cpp.sample.default,
         cpp.truncate.default,
     )
@@ -122,11 +143,14 @@ def _gpu(folder: Path) -> Ops:
     if not path.exists():
         return ops
     try:
-        cuda = CudaSample(path)
+        cuda = CudaOps(path)
     except OSError as error:
         warnings.warn(f"{path} does not load here ({error}); rebuild it: python setup.py build_ext --inplace", stacklevel=2)
         return ops
-    return replace(ops, name="triton, cuda", gumbel=cuda.gumbel, sample=cuda.sample, truncate=cuda.truncate)
+    return replace(
+        ops, name=CAPTURABLE, accept=cuda.accept, gumbel=cuda.gumbel, fill_noise=cuda.fill_noise, adjust=cuda.adjust, sample=cuda.sample,
+        truncate=cuda.truncate,
+    )  # fmt: skip
 
 
 _FOLDER = Path(__file__).parents[1]
@@ -203,20 +227,42 @@ def commit(rows_kv: Tensor, pages_kv: Tensor, rows: Tensor, pages: Tensor, offse
     _ops(rows_kv).commit(rows_kv, pages_kv, rows, pages, offsets)
 
 
+def accept(
+    rows_kv: Tensor, pages_kv: Tensor, segments: Tensor, page_table: Tensor, tokens: Tensor, anc: Tensor, sampled: Tensor, verify: Tensor,
+    stops: Tensor,
+) -> Tensor:  # fmt: skip
+    """Walk every segment's tree along the `sampled [n]` tokens and commit the K/V of what is kept; `[B, 3]` int32: row, closing token, finish
+    (0 none, 1 stop, 2 length). `verify [B, 5]`, `stops [*]` int32, as in `reference.accept`."""
+    return _ops(rows_kv).accept(rows_kv, pages_kv, segments, page_table, tokens, anc, sampled, verify, stops)
+
+
 def gumbel(seed: int, position: int, vocab: int, device: torch.device | str = "cpu") -> Tensor:
     """The noise `[V]` float32 of the token at index `position`, a function of the unsigned 64-bit `seed` and of `position` alone."""
     where = torch.device(device)
     return _ops_of(where.type).gumbel(seed, position, vocab, where)
 
 
+def fill_noise(table: Tensor, fills: Tensor) -> None:
+    """Write the noise of `fills [m, 3]` int64 (seed as a signed number, position, row) to the rows of `table [n, V]` that they name; below 0:
+    none."""
+    _ops(table).fill_noise(table, fills)
+
+
+def adjust(logits: Tensor, rows: Tensor, penalties: Tensor, edits: Tensor, bias: Tensor, paths: Tensor) -> None:
+    """Bias, hold open and penalise `logits [n, V]` in place. `rows [n, 4]`, `edits [E, 3]`, `paths [P]` int32, `penalties [n, 3]`, `bias [E]`
+    float32, as in `reference.adjust`."""
+    _ops(logits).adjust(logits, rows, penalties, edits, bias, paths)
+
+
 def sample(logits: Tensor, noise: Tensor, noise_row: Tensor, inv_temperature: Tensor, limit: int) -> Tensor:
     """`[n]` int64: argmax over v < limit of `logits [n, V]` * `inv_temperature [n]` + `noise [m, V]`; the smaller id wins a tie.
 
-    `noise_row [n]` int32 names the row of `noise`, or is -1 for a greedy row: its logits are taken as they are.
+    `noise_row [n]` int32 names the row of `noise`, or is -1 for a greedy row: its logits are taken as they are. -2: nobody asks.
     """
     return _ops(logits).sample(logits, noise, noise_row, inv_temperature, limit)
 
 
-def truncate(logits: Tensor, inv_temperature: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, limit: int) -> Tensor:
-    """`logits [n, V]` with -inf where a token does not survive min_p `[n]` float32, top_k `[n]` int32, top_p `[n]` float64, in this order."""
-    return _ops(logits).truncate(logits, inv_temperature, min_p, top_k, top_p, limit)
+def truncate(logits: Tensor, inv_temperature: Tensor, log_min_p: Tensor, top_k: Tensor, top_p: Tensor, limit: int) -> Tensor:
+    """`logits [n, V]`, which it may overwrite, with -inf where a token does not survive min_p, top_k `[n]` int32, top_p `[n]` float64, in this order.
+    `log_min_p [n]` float32 is taken on the CPU: another logarithm would keep other tokens."""
+    return _ops(logits).truncate(logits, inv_temperature, log_min_p, top_k, top_p, limit)

@@ -175,6 +175,45 @@ def commit(rows_kv: Tensor, pages_kv: Tensor, rows: Tensor, pages: Tensor, offse
     pages_kv[:, :, pages, :, offsets] = rows_kv[:, :, rows].permute(2, 0, 1, 3, 4)
 
 
+def accept(
+    rows_kv: Tensor, pages_kv: Tensor, segments: Tensor, page_table: Tensor, tokens: Tensor, anc: Tensor, sampled: Tensor, verify: Tensor,
+    stops: Tensor,
+) -> Tensor:  # fmt: skip
+    """The accepted path of every segment, and the K/V of what is kept to its pages, in place; `[B, 3]` int32: row, closing token, finish.
+
+    `segments`, `page_table`, `anc` as in `attention`, over the rows whose `tokens [R]` int64 are; a segment's last nq - chain rows are a tree below
+    the row before them, its root. `sampled [n]` int64 holds the token of each such row and root, `verify [B, 5]` int32: where in it the root's is
+    (-1: nothing was sampled, all rows are kept), chain, room >= 1, and which of `stops [*]` int32 (first, end) end the text. The walk goes from the
+    root to the child that carries the sampled token; it ends at the first row whose token is a stop id (finish 1), is number `room` of the path
+    (2), or belongs to no child (0), and that token closes it. `row` is the last accepted one, 0 for the root; for -1 the result is not written.
+    Kept are the chain and the path: the first of them becomes token `prefix` of the sequence.
+    """
+    results = torch.zeros((len(segments), 3), dtype=torch.int32, device=tokens.device)
+    rows, at = list[int](), list[tuple[int, int]]()
+    each = zip(segments.tolist(), verify.tolist(), strict=True)
+    for b, ((q0, nq, k0, _, prefix, _), (want, chain, room, first_stop, end_stop)) in enumerate(each):
+        stop, path, row, finish = set(stops[first_stop:end_stop].tolist()), list[int](), chain - 1, 0
+        seen = [sum((w & 2**64 - 1) << 64 * i for i, w in enumerate(words)) for words in anc[q0 : q0 + nq].tolist()]
+        parent = {j: max(chain, (seen[j] & (1 << j) - 1).bit_length()) - 1 for j in range(chain, nq)}
+        while nq and want >= 0:
+            token = int(sampled[want + row - (chain - 1)])
+            finish = 1 if token in stop else 2 if len(path) + 1 == room else 0
+            below = next((j for j in parent if parent[j] == row and tokens[q0 + j] == token), None)
+            if finish or below is None:
+                results[b] = torch.tensor([row - (chain - 1), token, finish])
+                break
+            row = below
+            path.append(row)
+        if nq:
+            kept = [*range(chain), *path]
+            rows += [k0 + j for j in kept]
+            at += [(int(page_table[b, t // pages_kv.shape[4]]), t % pages_kv.shape[4]) for t in range(prefix, prefix + len(kept))]
+    if rows:
+        pages, offsets = torch.tensor(at, device=tokens.device).unbind(1)
+        commit(rows_kv, pages_kv, torch.tensor(rows, device=tokens.device), pages, offsets)
+    return results
+
+
 def philox(seed: int, counter: Tensor, position: int) -> Tensor:
     """Philox4x32-10 (Salmon et al., SC 2011): `counter [n]` int64 -> words `[n, 4]` int64 in 0 .. 2^32-1.
 
@@ -201,6 +240,47 @@ def gumbel(seed: int, position: int, vocab: int, device: torch.device | str = "c
     return (-torch.log(-torch.log1p(-e))).float()
 
 
+def fill_noise(table: Tensor, fills: Tensor) -> None:
+    """Write the noise of `fills [m, 3]` int64 (seed as a signed number, position, row of `table [n, V]`) to the rows they name, but for those
+    below 0."""
+    for seed, position, row in fills.tolist():
+        if row >= 0:
+            table[row] = gumbel(seed % 2**64, position, table.shape[1], table.device)
+
+
+def adjust(logits: Tensor, rows: Tensor, penalties: Tensor, edits: Tensor, bias: Tensor, paths: Tensor) -> None:
+    """Bias, hold open and penalise `logits [n, V]` float32 in place, in this order and with every operation rounded by itself.
+
+    `rows [n, 4]` int32: which edits (first, end) change the row, and which of `paths [P]` int32 (first, end) are the tokens on its path below the
+    root. `edits [E, 3]` int32: a token, different from the others of its row and rising; how often it stands in the output before the root, 0 if it
+    does in the prompt alone and -1 if nowhere; the length that a path must have for it to win. `bias [E]` float32 is added first. A token that the
+    row's text holds is divided by the repetition penalty if positive, else multiplied; then frequency times its count in the output and, if that
+    is not 0, presence are taken away: `penalties [n, 3]` float32, in this order.
+    """
+    first, end, path_first, path_end = rows.long().unbind(1)
+    row, edit = _ranges(first, end)  # one element for every row and each of its edits
+    if len(row) == 0:
+        return
+    token, count, held = edits[edit].long().unbind(1)
+    of, at = _ranges(path_first, path_end)
+    keys, wanted = row * logits.shape[1] + token, of * logits.shape[1] + paths[at]
+    place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+    here = torch.bincount(place[keys[place] == wanted], minlength=len(keys))  # how often the token stands in the path
+    repetition, frequency, presence = penalties[row].unbind(1)
+    z = logits[row, token] + bias[edit]
+    z = torch.where((path_end - path_first)[row] < held, float("-inf"), z)
+    z = torch.where((count >= 0) | (here > 0), torch.where(z > 0, z / repetition, z * repetition), z)
+    times = count.clamp(min=0) + here
+    logits[row, token] = z - frequency * times - presence * (times > 0)
+
+
+def _ranges(first: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """All numbers first[i] .. end[i]-1 of all i, and before them their i."""
+    size = end - first
+    i = torch.repeat_interleave(size)
+    return i, torch.arange(len(i), device=first.device) - (size.cumsum(0) - size)[i] + first[i]
+
+
 def sample(logits: Tensor, noise: Tensor, noise_row: Tensor, inv_temperature: Tensor, limit: int) -> Tensor:
     """The token of every row `[n]` int64: argmax over v < limit of logits * inv_temperature + noise; the smaller id wins a tie.
 
@@ -215,20 +295,20 @@ def sample(logits: Tensor, noise: Tensor, noise_row: Tensor, inv_temperature: Te
     return torch.where(greedy, z, disturbed).argmax(-1)
 
 
-def truncate(logits: Tensor, inv_temperature: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, limit: int) -> Tensor:
+def truncate(logits: Tensor, inv_temperature: Tensor, log_min_p: Tensor, top_k: Tensor, top_p: Tensor, limit: int) -> Tensor:
     """`logits [n, V]` float32 with -inf where a token does not survive the filters of its row, `[n, V]`.
 
     Each filter works on what the one before it left of z = logits * inv_temperature, v < limit, ranked by falling z, the smaller id first
-    among equals. min_p `[n]` float32: z - max z >= ln(min_p), 0 keeps all. top_k `[n]` int32: the first top_k, 0 keeps all. top_p `[n]` float64:
-    the shortest run from the top whose weight reaches top_p of what is left, 1 keeps all; a weight is exp(z - max z) in float64 as an integer
-    multiple of 2^-40, so that sums do not depend on their order. The first token always survives.
+    among equals. log_min_p `[n]` float32: z - max z >= log_min_p, -inf keeps all. top_k `[n]` int32: the first top_k, 0 keeps all. top_p `[n]`
+    float64: the shortest run from the top whose weight reaches top_p of what is left, 1 keeps all; a weight is exp(z - max z) in float64 as an
+    integer multiple of 2^-40, so that sums do not depend on their order. The first token always survives.
     """
     out = torch.full_like(logits, float("-inf"))
     for i in range(len(logits)):
         z, order = (logits[i, :limit] * inv_temperature[i]).sort(descending=True, stable=True)
         keep = torch.ones_like(z, dtype=torch.bool)
-        if min_p[i] > 0:
-            keep &= z - z[0] >= min_p[i].log()
+        if log_min_p[i] > float("-inf"):
+            keep &= z - z[0] >= log_min_p[i]
         if top_k[i] > 0:
             keep &= torch.arange(limit, device=z.device) < top_k[i]
         if top_p[i] < 1:

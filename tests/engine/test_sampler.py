@@ -101,7 +101,7 @@ def test_draws_have_the_distribution_of_the_rules(name: str, value: object) -> N
     logits /= params.temperature
     p = np.exp(logits - logits.max())
     kept = reference.truncate(
-        torch.tensor(logits)[None].float(), torch.ones(1), torch.tensor([params.min_p]), torch.tensor([params.top_k], dtype=torch.int32),
+        torch.tensor(logits)[None].float(), torch.ones(1), torch.tensor([params.min_p]).log(), torch.tensor([params.top_k], dtype=torch.int32),
         torch.tensor([params.top_p], dtype=torch.float64), vocab,
     )[0].isfinite().numpy()  # fmt: skip
     p = p * kept / (p * kept).sum()

@@ -36,7 +36,7 @@ def slow(z: list[float], min_p: float, top_k: int, top_p: float) -> set[int]:
 
 def arguments(rows: int, min_p: float, top_k: int, top_p: float, t: float = 1.0) -> tuple[torch.Tensor, ...]:
     return (
-        torch.full((rows,), 1.0 / t), torch.full((rows,), min_p), torch.full((rows,), top_k, dtype=torch.int32),
+        torch.full((rows,), 1.0 / t), torch.full((rows,), min_p).log(), torch.full((rows,), top_k, dtype=torch.int32),
         torch.full((rows,), top_p, dtype=torch.float64),
     )  # fmt: skip
 
@@ -73,7 +73,7 @@ def test_cpp_equals_the_reference(cpp: Any, vocab: int, ties: bool) -> None:
 def test_rows_have_their_own_filters(cpp: Any) -> None:
     logits = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
     min_p, top_k, top_p = torch.tensor([0.0, 0.5, 0, 0]), torch.tensor([0, 0, 3, 0], dtype=torch.int32), torch.tensor([1.0, 1, 1, 0.5])
-    a = (torch.ones(4), min_p, top_k, top_p.double())
+    a = (torch.ones(4), min_p.log(), top_k, top_p.double())
     got = kernels.truncate(logits, *a, 100)
     assert torch.equal(got, reference.truncate(logits, *a, 100))
     assert got[0].isfinite().all() and got[2].isfinite().sum() == 3
