@@ -8,6 +8,7 @@ Beside a torch for CUDA it also builds specedge/_C_cuda.so, the CUDA ops, which 
 """
 
 import glob
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ try:
 except ImportError as error:
     torch, why = None, error
 
-LEVELS = {"AVX512": ("avx512", ["-march=x86-64-v4"]), "AVX2": ("avx2", ["-march=x86-64-v3"])}
+LEVELS = {"AMX": ("amx", ["-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]), "AVX512": ("avx512", ["-march=x86-64-v4"]), "AVX2": ("avx2", ["-march=x86-64-v3"])}
 
 
 def warn(reason: object) -> None:
@@ -60,7 +61,8 @@ def ops() -> dict[str, Any]:
             if torch.version.cuda is not None:
                 cuda(Path("." if self.inplace else self.build_lib) / "specedge" / "_C_cuda.so")
 
-    isa, march = LEVELS.get(torch.backends.cpu.get_cpu_capability(), ("scalar", []))
+    tiles = "ATEN_CPU_CAPABILITY" not in os.environ and torch.cpu._init_amx()  # as in specedge/kernels/__init__.py
+    isa, march = LEVELS.get("AMX" if tiles else torch.backends.cpu.get_cpu_capability(), ("scalar", []))
     # -fopenmp when compiling and not when linking: the symbols resolve to the runtime that torch has loaded, and there is no second one.
     # Equal bits rest on -ffp-contract=off; the two options after it change no value, without them GCC does not vectorise gumbel.
     flags = ["-O3", *march, "-mtune=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]

@@ -179,7 +179,7 @@ Tensor linear_pack_op(const Tensor& weight) {
   Tensor out;
   by_dtype(in, "weight", [&]<class T>(T) {
     constexpr int64_t step = 4 / sizeof(T);
-    out = packed_memory({(n + 31) / 32, (k + step - 1) / step, 32, step}, in.options());
+    out = packed_memory({(n + 31) / 32, words<T>(k), 32, step}, in.options());
     linear_pack(data<T>(in), data<T>(out), n, k);
   });
   return out;
@@ -217,7 +217,7 @@ Tensor linear_op(const Tensor& x, const Tensor& packed, int64_t n, const std::op
     constexpr int64_t step = 4 / sizeof(T);
     check(packed, "packed", 4, DTYPE<T>);
     const Linear<T> a = linear_of<T>(x, packed, n, bias, y);
-    TORCH_CHECK(packed.sizes() == at::IntArrayRef({(n + 31) / 32, (a.k + step - 1) / step, 32, step}), "packed is ", packed.sizes(), " for ", n,
+    TORCH_CHECK(packed.sizes() == at::IntArrayRef({(n + 31) / 32, words<T>(a.k), 32, step}), "packed is ", packed.sizes(), " for ", n,
                 " outputs of ", a.k, " inputs");
     if (a.rows) linear(a, scalar);
   });

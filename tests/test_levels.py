@@ -1,4 +1,4 @@
-"""What smaller machines run: the AVX2 build, the scalar build, and plain torch, each with the tests that the best build passes.
+"""What smaller machines run: the builds for AVX-512, AVX2 and no vectors, and plain torch, each with the tests that the best build passes.
 
 A level is a copy of the package with one library, or none, that is tested in a process of its own; the environment tells torch, oneDNN and the
 loader to use no more of the processor. Libraries are built once into build/levels. Without a compiler only torch is tested, and
@@ -23,11 +23,13 @@ from tests.helpers import check_empty, drafter, engine, random_model, runner
 
 ROOT = Path(__file__).parents[1]
 LEVELS = {  # name of the build -> what torch and oneDNN are told
+    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "scalar": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
     "torch": {},
 }
-BELOW = {"cpp avx512": ["avx2", "scalar", "torch"], "cpp avx2": ["scalar", "torch"], "cpp scalar": ["torch"], "torch": []}[kernels.backend()]
+BEST = kernels.backend().removeprefix("cpp ")
+BELOW = list(LEVELS)[list(LEVELS).index(BEST) + 1 :] if BEST in LEVELS else list(LEVELS)
 PATIENCE = 280.0
 SHORT = [
     "tests/kernels",

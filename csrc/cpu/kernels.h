@@ -58,7 +58,15 @@ struct Linear {
   T* out;
   int64_t rows, n, k;
 };
-// Panels of 32 outputs (linear.h), in each [K/2][32][2] for bf16 (K rounded up) and [K][32] for float; what is not there is zero.
+// Words of 4 bytes that the weights of an output take; of bf16 whole tiles where tiles are multiplied (amx.h).
+template <class T>
+constexpr int64_t words(int64_t k) {
+#ifdef __AMX_TILE__
+  if (sizeof(T) == 2) return (k + 31) / 32 * 16;
+#endif
+  return (k * int64_t(sizeof(T)) + 3) / 4;
+}
+// Panels of 32 outputs (linear.h), in each [words][32][2] for bf16 and [K][32] for float; what is not there is zero.
 template <class T>
 void linear_pack(const T* weight, T* packed, int64_t n, int64_t k);
 template <class T>

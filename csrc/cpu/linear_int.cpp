@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "linear.h"
+#include "amx.h"
 
 namespace specedge {
 namespace {
@@ -241,9 +241,60 @@ void run_as(const Linear<T>& a) {
   walk(a.rows, (a.n + COLUMNS - 1) / COLUMNS, c.steps, BYTES, WIDE, TALL, work, add, done);
 }
 
+#ifdef __AMX_TILE__
+// As tile8, over the rows of a pass, more than 16 if BOTH: two tiles of k are a step.
+template <bool BOTH>
+void pass_bytes(const Pass& p, const int8_t* x, const Codes& c, int64_t rows) {
+  constexpr int64_t LINE = COLUMNS * 4;  // bytes between words of k and between rows of products
+  alignas(64) int32_t products[PAIR * COLUMNS];
+  const char *w = p.w, *fetch = p.fetch;
+  for (int64_t step = p.from; step < p.to; step++) {
+    tile_zero<0>(), tile_zero<1>();
+    if (BOTH) tile_zero<2>(), tile_zero<3>();
+    for (int half = 0; half < 2; half++, w += TWO_TILES, x += p.height * TILE_BYTES) {
+      p.ahead(fetch);
+      tile_load<6>(w, LINE), tile_load<7>(w + TILE_BYTES, LINE);
+      tile_load<4>(x, TILE_BYTES);
+      tile_dot_bytes<0, 4, 6>(), tile_dot_bytes<1, 4, 7>();
+      if (!BOTH) continue;
+      tile_load<5>(x + TILE * TILE_BYTES, TILE_BYTES);
+      tile_dot_bytes<2, 5, 6>(), tile_dot_bytes<3, 5, 7>();
+    }
+    tile_store<0>(products, LINE), tile_store<1>(products + LANES, LINE);
+    if (BOTH) tile_store<2>(products + TILE * COLUMNS, LINE), tile_store<3>(products + TILE * COLUMNS + LANES, LINE);
+    for (int64_t i = 0; i < rows; i++) {
+      const int64_t at = (p.row + i) * c.steps + step;
+      const __m512i offset = _mm512_set1_epi32(c.offset[size_t(at)]);
+      const Avx512 scale = Avx512::set(c.scale[size_t(at)]);
+      for (int64_t t = 0; t < COLUMNS; t += LANES) {
+        float* sums = p.sums + i * SUMS + t;
+        const Avx512 sum = {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_load_si512(products + i * COLUMNS + t), offset))};
+        (Avx512::load(sums) + sum * scale).store(sums);
+      }
+    }
+  }
+}
+
+template <class T>
+void run_tiles8(const Linear<T>& a) {
+  const Codes c = encode(a, 128, 1);
+  const TileRows<int8_t> x(c.q.data(), a.rows, c.k);
+  const auto tile = [&](const Pass& p) {
+    const auto f = p.height > TILE ? pass_bytes<true> : pass_bytes<false>;
+    f(p, x.at(p.row, p.from * INPUTS), c, std::min(a.rows - p.row, PAIR));
+  };
+  const auto done = [&](int64_t panel, const float* sums) { finish<Native>(a, panel, 1, sums); };
+  const double work = double(a.n) * double(a.k) * (0.05 + 0.001 * double(a.rows));
+  walk_tiles(x.rows, (a.n + COLUMNS - 1) / COLUMNS, c.steps, STEP8, a.packed, work, tile, done);
+}
+#endif
+
 template <int BITS, class T>
 void run(const Linear<T>& a, bool scalar) {
   if (scalar) return run_as<ScalarInts, BITS>(a);
+#ifdef __AMX_TILE__
+  if (BITS == 8) return run_tiles8(a);
+#endif
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
   if (__builtin_cpu_supports("avx512vnni")) return run_as<VnniInts, BITS>(a);
 #endif

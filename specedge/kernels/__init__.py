@@ -6,6 +6,7 @@ reference's, up to rounding (accept, adjust, commit, gumbel, rope_write, sample 
 bits do not depend on what it is batched with.
 """
 
+import os
 import sysconfig
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,9 @@ __all__ = [
 ]  # fmt: skip
 
 CAPTURABLE = "triton, cuda"  # the backend of which no op waits for the device
+
+
+LEVELS = ("amx", "avx512", "avx2", "scalar")  # of the C++ library; a processor of one runs those after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +70,22 @@ _TORCH = Ops(
 )
 
 
+def _capability() -> str:
+    """Torch's word for what this processor offers, or AMX where it has tile registers, Linux lets this process use them, and nobody asked for less."""
+    found: str = torch.backends.cpu.get_cpu_capability()
+    if found == "AVX512" and "ATEN_CPU_CAPABILITY" not in os.environ and torch.cpu._init_amx():
+        return "AMX"
+    return found
+
+
 def _cpp(folder: Path) -> Ops:
     """The C++ ops of the best library in `folder` that this processor can run, or the torch ops; says why if one is there in vain."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    built = [isa for isa in ("avx512", "avx2", "scalar") if (folder / f"_C_{isa}{suffix}").exists()]
+    built = [isa for isa in LEVELS if (folder / f"_C_{isa}{suffix}").exists()]
     if not built:
         return _TORCH
-    capability = torch.backends.cpu.get_cpu_capability()
-    runs = {"AVX512": ("avx512", "avx2", "scalar"), "AVX2": ("avx2", "scalar")}.get(capability, ("scalar",))
+    capability = _capability()
+    runs = LEVELS[{"AMX": 0, "AVX512": 1, "AVX2": 2}.get(capability, 3) :]
     isa = next((isa for isa in built if isa in runs), built[0])
     path = folder / f"_C_{isa}{suffix}"
     try:
@@ -168,7 +180,7 @@ def _ops(x: Tensor) -> Ops:
 
 
 def backend(device: torch.device | str = "cpu") -> str:
-    """What runs the ops on `device`: "cpp avx512", "cpp avx2", "cpp scalar", "triton, cuda", "triton" or "torch"."""
+    """What runs the ops on `device`: "cpp amx", "cpp avx512", "cpp avx2", "cpp scalar", "triton, cuda", "triton" or "torch"."""
     return _ops_of(torch.device(device).type).name
 
 

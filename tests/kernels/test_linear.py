@@ -60,6 +60,16 @@ def test_rows_alone_and_twin(cpp: Any, n: int, k: int, dtype: torch.dtype, bits:
         assert torch.equal(torch.cat([layer(x[i : i + size]) for i in range(0, 75, size)]), whole)
 
 
+@pytest.mark.parametrize(("dtype", "bits"), KINDS)
+def test_every_row_count(cpp: Any, dtype: torch.dtype, bits: int | None) -> None:
+    x, w, b = case(130, 70, 321, dtype)
+    layer = Linear(w, b, bits)
+    whole = layer(x)
+    for rows in range(1, 130):
+        assert torch.equal(layer(x[:rows]), whole[:rows]), rows
+        assert torch.equal(layer(x[rows:]), whole[rows:]), rows
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 150), st.integers(1, 400), st.sampled_from(KINDS), st.booleans(), st.data())
 def test_any_size(rows: int, n: int, k: int, kind: tuple[torch.dtype, int | None], bias: bool, data: st.DataObject) -> None:
