@@ -23,7 +23,11 @@ try:
 except ImportError as error:
     torch, why = None, error
 
-LEVELS = {"AMX": ("amx", ["-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]), "AVX512": ("avx512", ["-march=x86-64-v4"]), "AVX2": ("avx2", ["-march=x86-64-v3"])}
+LEVELS = {
+    "AMX": ("amx", ["-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]),
+    "AVX512": ("avx512", ["-march=x86-64-v4"]),
+    "AVX2": ("avx2", ["-march=x86-64-v3"]),
+}
 
 
 def warn(reason: object) -> None:

@@ -71,7 +71,7 @@ _TORCH = Ops(
 
 
 def _capability() -> str:
-    """Torch's word for what this processor offers, or AMX where it has tile registers, Linux lets this process use them, and nobody asked for less."""
+    """Torch's word for what this processor offers; AMX if it has tile registers, Linux lets this process use them, and nobody asked for less."""
     found: str = torch.backends.cpu.get_cpu_capability()
     if found == "AVX512" and "ATEN_CPU_CAPABILITY" not in os.environ and torch.cpu._init_amx():
         return "AMX"
