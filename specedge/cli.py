@@ -86,6 +86,7 @@ def server() -> NoReturn:
     s.add_argument("--max-rows", type=int, default=512, metavar="N", help="rows of one forward pass (default: %(default)s)")
     s.add_argument("--kv-tokens", type=int, default=16384, metavar="N", help="tokens whose keys and values are kept (default: %(default)s)")
     s.add_argument("--admission", action=SWITCH, default=True, help="verify the nodes that are worth their time; --no-admission: all of them")
+    s.add_argument("--pipeline", action=SWITCH, default=True, help="time steps by when drafts come; --no-pipeline: verify what is there at once")
     s.add_argument("--keys", type=Path, metavar="DIR", help="encrypt, and serve only keys that are authorised in this directory (see keygen)")
     s.add_argument("--insecure", action=SWITCH, default=False, help="allow addresses that other machines reach, without encryption")
     _device_arguments(s)
@@ -121,7 +122,7 @@ def _serve(args: argparse.Namespace) -> int:
     sizes = EngineConfig(kv_tokens=args.kv_tokens, max_rows=args.max_rows, admission=args.admission)
     engine = Engine.from_pretrained(path, device=args.device, dtype=args.dtype, sizes=sizes, progress=sys.stderr.isatty())
     model = fingerprint(path, engine.runner.dtype, engine.runner.model.weights.bits)
-    serving = Server(engine, args.listen, model=model, keys=args.keys, insecure=args.insecure)
+    serving = Server(engine, args.listen, model=model, keys=args.keys, insecure=args.insecure, pipeline=args.pipeline)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -3,6 +3,7 @@
 `make test` runs a set of cells in which every pair of values occurs; `make test-full` runs them all.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,12 +26,13 @@ PROMPTS = [
 ]  # fmt: skip
 TOKENS = 40
 TEMPERATURES, SIZES, SESSIONS, DRAFTS = (0.0, 0.7, 1.0), (0, 1, 7, 31, 63), (1, 6), ("shipped", "random", "target")
-Cell = tuple[float, int, int, str]
+SCHEDULING = ("clever", "plain")  # with admission and pipeline, or without
+Cell = tuple[float, int, int, str, str]
 
 
 def cells() -> Iterator[object]:
-    short = pairwise(TEMPERATURES, SIZES, SESSIONS, DRAFTS)
-    for cell in itertools.product(TEMPERATURES, SIZES, SESSIONS, DRAFTS):
+    short = pairwise(TEMPERATURES, SIZES, SESSIONS, DRAFTS, SCHEDULING)
+    for cell in itertools.product(TEMPERATURES, SIZES, SESSIONS, DRAFTS, SCHEDULING):
         yield pytest.param(cell, id="-".join(map(str, cell)), marks=[] if cell in short else [pytest.mark.full])
 
 
@@ -64,7 +66,9 @@ def drafter(path: Path, size: int) -> Drafter:
 
 @pytest.mark.parametrize("cell", list(cells()))
 def test_ids_are_equal(cell: Cell, engine: Engine, truth: dict[float, list[list[int]]], drafts: dict[str, Path]) -> None:
-    temperature, size, sessions, draft = cell
+    temperature, size, sessions, draft, scheduling = cell
+    clever = scheduling == "clever"
+    engine.runner.sizes = dataclasses.replace(engine.runner.sizes, admission=clever)
     want, prompts = truth[temperature][:sessions], PROMPTS[:sessions]
     here = SpeculativeEngine(engine, drafter(drafts[draft], size))
     done = here.generate(prompts, params(temperature))
@@ -74,7 +78,7 @@ def test_ids_are_equal(cell: Cell, engine: Engine, truth: dict[float, list[list[
     if draft == "target" and size >= 31 and temperature == 0.0:
         assert all(c.speculation.tokens_per_round(TOKENS) > 2 for c in done), "a perfect draft must pay"
 
-    with Server(engine) as server:
+    with Server(engine, pipeline=clever) as server:
         with Edge(server.address, drafter(drafts[draft], size)) as edge:
             over = edge.generate(prompts, params(temperature))
         assert [c.token_ids for c in over] == want
@@ -102,7 +106,7 @@ def test_ids_are_equal_in_few_bits(dtype: str) -> None:
 
 
 def test_the_pairwise_set_covers_every_pair() -> None:
-    values = (TEMPERATURES, SIZES, SESSIONS, DRAFTS)
+    values = (TEMPERATURES, SIZES, SESSIONS, DRAFTS, SCHEDULING)
     assert covers_all_pairs(pairwise(*values), *values)
 
 

@@ -21,10 +21,11 @@ from specedge.engine.batch import BatchBuilder
 from specedge.engine.cost import CostModel
 from specedge.engine.hub import locate
 from specedge.engine.pages import OutOfPages, PagePool
+from specedge.engine.pipeline import Turn
 from specedge.engine.request import Account, Output, Sequence, Verdict, walk
 from specedge.engine.runner import Runner
 from specedge.engine.sampler import Ask, Sampler
-from specedge.engine.scheduler import CHUNK_BESIDE_TREES, Grant, Want, schedule
+from specedge.engine.scheduler import ALL, CHUNK_BESIDE_TREES, Grant, Want, schedule, turns
 from specedge.engine.texts import Guard, RequestError, Text, TextEngine, alone
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree
@@ -112,12 +113,15 @@ class Engine(TextEngine):
         return sequence
 
     @alone
-    def offer(self, sequence: Sequence, tree: TokenTree) -> None:
-        """Have `tree` verified below the root of `sequence` in one of the next steps. Raises TreeError if it is no tree over the vocabulary."""
+    def offer(self, sequence: Sequence, tree: TokenTree, at: float | None = None) -> None:
+        """Have `tree` verified below the root of `sequence` in one of the next steps. `at`: when it came (time.monotonic), if not now. Raises
+        TreeError if it is no tree over the vocabulary."""
         tree.check(self.vocab)
-        sequence.tree = tree
+        sequence.tree, sequence.offered = tree, time.monotonic() if at is None else at
         if sequence.answered:
-            self.admission.returned(time.perf_counter() - sequence.answered)
+            gap = max(0.0, sequence.offered - sequence.answered)
+            self.admission.returned(gap)
+            sequence.rhythm.returned(gap)
 
     @alone
     def run_until(self, sequence: Sequence, length: int) -> None:
@@ -162,14 +166,15 @@ class Engine(TextEngine):
     # the step
 
     @alone
-    def step(self) -> list[Verdict]:
-        """One forward pass: schedule -> run -> sample -> accept -> commit -> emit."""
-        begun = time.perf_counter()
+    def step(self, most: int = ALL) -> list[Verdict]:
+        """One forward pass: schedule -> run -> sample -> accept -> commit -> emit. At most `most` sequences get a token in it."""
+        begun = time.monotonic()
         self.guard.catch_up()
         self._admit()
         running = [s for s in self._running if not s.held]
         batch, jobs = self.runner.batch(), list[Job]()
-        for grant in schedule(self._wants(running), self.runner.sizes.max_rows, self._credit, self.cost):
+        expected = any(s.answered and not s.wants_token for s in running)
+        for grant in schedule(self._wants(running, most), self.runner.sizes.max_rows, self._credit, self.cost, most, expected):
             s = running[grant.index]
             tree = self._tree(s, grant)
             if self._reserve(s, s.computed + grant.chain + int(tree.depths().max()), jobs):
@@ -235,12 +240,19 @@ class Engine(TextEngine):
         self._running.remove(s)
         self._waiting.insert(sum(w.order < s.order for w in self._waiting), s)
 
-    def _wants(self, running: list[Sequence]) -> list[Want]:
-        """What each wants of the next step: of its tree, the nodes that are worth their rows."""
+    def turns(self, now: float) -> list[Turn] | None:
+        """Who is ready for a step or expected soon, for a Pipeline; None if there is work for which nobody has to be waited: a prompt."""
+        running = [s for s in self._running if not s.held]
+        if self.guard.behind or any(s.pending > 1 for s in running) or self._admissible() is not None:
+            return None
+        return [t for s in running if (t := s.turn(now)) is not None]
+
+    def _wants(self, running: list[Sequence], most: int) -> list[Want]:
+        """What each wants of the next step: of its tree, the nodes that are worth their rows beside those of the others whose turn it is."""
         wants = [Want(s.pending, s.wants_token, len(s.tree) if s.tree is not None else 0, s.account) for s in running]
-        ready = [i for i, w in enumerate(wants) if w.token and w.chain <= MAX_ROWS_PER_TREE]
+        ready = [i for i in turns(wants, self._credit) if wants[i].token and wants[i].chain <= MAX_ROWS_PER_TREE][:most]
         if self.runner.sizes.admission and any(wants[i].nodes for i in ready):
-            rows, prompts = sum(wants[i].chain for i in ready), sum(w.chain - 1 for i, w in enumerate(wants) if i not in ready)
+            rows, prompts = sum(wants[i].chain for i in ready), sum(w.chain - 1 for w in wants if not w.token or w.chain > MAX_ROWS_PER_TREE)
             chosen = self.admission.choose(
                 [running[i].acceptance for i in ready], [wants[i].nodes for i in ready], rows, len(ready),
                 sum(running[i].computed for i in ready), self.runner.sizes.max_rows - rows - min(prompts, CHUNK_BESIDE_TREES),
@@ -251,14 +263,15 @@ class Engine(TextEngine):
 
     def _learn(self, jobs: list[Job], verdicts: list[Verdict], rows: int, context: int, begun: float) -> None:
         """Remember how long the step took and what was accepted. `jobs` are those that got the `verdicts`."""
-        now, (before, ended) = time.perf_counter(), self._stepped
+        now, (before, ended) = time.monotonic(), self._stepped
         self.cost.observe(rows, context, now - begun)
         if ended:
             self.admission.paused(begun - ended, ended - before)
         self._stepped = (begun, now) if self._running or self._waiting else (0.0, 0.0)
         known = [job.sequence.acceptance for job in jobs]
-        for job in jobs:
+        for job, v in zip(jobs, verdicts, strict=True):
             job.sequence.answered = now
+            job.sequence.rhythm.verified(v.verified, len(v.path) + len(v.tokens))
         if self.runner.sizes.admission:
             self.admission.learn(known, [len(job.tree) for job in jobs], [job.tree.path(v.row) for job, v in zip(jobs, verdicts, strict=True)])
             self.admission.plan(known, len(known), context, self.runner.sizes.max_rows - len(known))

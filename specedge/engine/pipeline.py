@@ -5,10 +5,10 @@ ready first waits for the last, and the server has nothing to do while all draft
 sessions are verified while the others draft. No rule that looks at the next step alone finds both: it neither splits a batch that is ready, nor
 counts the return of those left out (up to 23 % lost when the gap is shorter than a step).
 
-So the family of rules is "wait until `need` trees are ready, then take `most`": (1, all) steps at once, (all, all) waits for everybody, (m, m) makes groups
-that take turns. Each is played forward from the present state, with every session's own gap, spread, rows and tokens and the predicted
-time of every step, until some rounds have passed; the best rate wins. Whatever the rule, no tree waits longer than a step with all of them would take:
-within that time it could have been verified and gone again.
+So the family of rules is "wait until `need` trees are ready, then take `most`": (1, all) steps at once, (all, all) waits for everybody, (m, m) makes
+groups that take turns. Each is played forward from the present state, with every session's own gap, spread, rows and tokens and the predicted time
+of every step, until some rounds have passed; the best rate wins. Whatever the rule, no tree waits longer than a step with all of them would
+take: within that time it could have been verified and gone again.
 
 Knows nothing of sockets, sequences or clocks. Invariant: while a tree is ready the server is never idle
 for more than `HARD` seconds.
@@ -61,11 +61,12 @@ class Rhythm:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A session at some moment: its tree is `ready` since `at`, or expected then."""
+    """A session at some moment: its tree is `ready` since `at`, or expected then, and will read `context` tokens of K/V."""
 
     ready: bool
     at: float
     rhythm: Rhythm
+    context: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +86,16 @@ class Pipeline:
         self._sessions, self._every, self._left = 0, EVERY, 0
         self._idle: float | None = None  # since when the server waits though a tree is ready
 
-    def decide(self, turns: Sequence[Turn], context: int, now: float) -> tuple[float, int]:
-        """When to step, `now` at the earliest, if nothing else happens, and how many trees to take then. `turns`: everybody who is ready or expected;
-        `context`: tokens of K/V that all of them read together."""
+    def decide(self, turns: Sequence[Turn], now: float) -> tuple[float, int]:
+        """When to step, `now` at the earliest, if nothing else happens, and how many trees to take then. `turns`: everybody who is ready or
+        expected."""
         self._left -= 1
         if len(turns) != self._sessions or self._left <= 0:
             self._every = EVERY // 8 if len(turns) != self._sessions else min(2 * self._every, EVERY)
             self._sessions, self._left = len(turns), self._every
-            self.rule = self._choose(turns, context, now)
+            self.rule = self._choose(turns, now)
         missing = min(self.rule.need, len(turns)) - sum(t.ready for t in turns)
-        patience = self._patience(turns, context)
+        patience = self._patience(turns)
         self._idle = now if self._idle is None else self._idle
         coming = sorted((t.at, t.at + LATE * t.rhythm.spread + patience / 4) for t in turns if not t.ready)
         coming = [(at, latest) for at, latest in coming if latest > now]
@@ -103,25 +104,25 @@ class Pipeline:
         self._idle = None
         return now, self.rule.most
 
-    def _patience(self, turns: Sequence[Turn], context: int) -> float:
-        return min(HARD, self.cost.predict(math.ceil(sum(t.rhythm.rows for t in turns)), context))
+    def _patience(self, turns: Sequence[Turn]) -> float:
+        return min(HARD, self.cost.predict(math.ceil(sum(t.rhythm.rows for t in turns)), sum(t.context for t in turns)))
 
-    def _choose(self, turns: Sequence[Turn], context: int, now: float) -> Rule:
+    def _choose(self, turns: Sequence[Turn], now: float) -> Rule:
         n = len(turns)
         at_once = Rule(1, 1 << 30)
         if n < 2:
             return at_once
         rules = [at_once, *(Rule(m, m) for m in SIZES if m < n), Rule(n, n)]
-        rates = [self._rate(rule, turns, context, now) for rule in rules]
+        rates = [self._rate(rule, turns, now) for rule in rules]
         best = max(range(len(rules)), key=lambda i: rates[i])
         for rule in (self.rule, at_once):
             if rule in rules and rates[rules.index(rule)] * (1 + MARGIN) >= rates[best]:
                 return rule
         return rules[best]
 
-    def _rate(self, rule: Rule, turns: Sequence[Turn], context: int, now: float) -> float:
+    def _rate(self, rule: Rule, turns: Sequence[Turn], now: float) -> float:
         """Tokens per second if `rule` is followed from now on."""
-        n, patience, share = len(turns), self._patience(turns, context), context / len(turns)
+        n, patience = len(turns), self._patience(turns)
         coming = [(max(now, t.at), i) for i, t in enumerate(turns) if not t.ready]
         heapq.heapify(coming)
         ready = deque(sorted((t.at, i) for i, t in enumerate(turns) if t.ready))
@@ -138,7 +139,7 @@ class Pipeline:
                 now = coming[0][0]
                 continue
             group = [ready.popleft()[1] for _ in range(min(rule.most, len(ready)))]
-            now += self.cost.predict(math.ceil(sum(turns[i].rhythm.rows for i in group)), int(share * len(group)))
+            now += self.cost.predict(math.ceil(sum(turns[i].rhythm.rows for i in group)), sum(turns[i].context for i in group))
             before, idle = played, now
             for i in group:
                 r = turns[i].rhythm

@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from specedge.config import SamplingParams
 from specedge.engine.admission import Acceptance
 from specedge.engine.pages import PageTable
+from specedge.engine.pipeline import Rhythm, Turn
 from specedge.text import Detokenizer, Tokenizer
 from specedge.tree import TokenTree
+
+PLAIN = Rhythm(gap=0.0)  # of a sequence that decodes by itself
+LOST = 0.1  # seconds, and a gap, and four spreads, after which a tree that was expected is so no more
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +47,8 @@ class Sequence:
     finish: str = ""  # "stop" or "length" once it has ended
     parked: bool = False  # its pages were taken while it was idle
     acceptance: Acceptance = field(default_factory=Acceptance)  # how its drafts have fared
+    rhythm: Rhythm = field(default_factory=Rhythm)  # how its rounds follow each other
+    offered: float = 0.0  # when its tree came
     answered: float = 0.0  # when its last verdict was given; 0: never
 
     @property
@@ -61,8 +67,21 @@ class Sequence:
         return self.account.prompt_held if self.pending > 1 else self.account.verified_held
 
     @property
+    def alone(self) -> bool:
+        """Whether it decodes by itself."""
+        return len(self.tokens) < self.run_until
+
+    @property
     def wants_token(self) -> bool:
-        return not self.finish and (self.tree is not None or len(self.tokens) < self.run_until)
+        return not self.finish and (self.tree is not None or self.alone)
+
+    def turn(self, now: float) -> Turn | None:
+        """Its place in the rounds of all: ready, expected, or neither."""
+        if self.wants_token:
+            return Turn(True, self.answered if self.alone else self.offered, PLAIN if self.alone else self.rhythm, self.computed)
+        due = self.answered + self.rhythm.gap
+        lost = self.rhythm.gap < 0 or now - due > LOST + self.rhythm.gap + 4 * self.rhythm.spread
+        return None if lost or self.finish else Turn(False, due, self.rhythm, self.computed)
 
     @property
     def idle(self) -> bool:

@@ -14,7 +14,8 @@ from specedge.config import MAX_ROWS_PER_TREE
 from specedge.engine.cost import CostModel
 
 CHUNK_BESIDE_TREES = 64  # prompt rows in a step that also verifies, as long as the time of a step is not known
-MAX_CHUNK = 65536
+MAX_CHUNK = ALL = 1 << 20
+STALL = 4  # empty steps that a step of prompts alone may take while rounds of others are expected
 LEAST = 16  # such rows at least, however many are verified: no prompt starves
 
 
@@ -47,16 +48,18 @@ class Grant:
 
 
 def schedule(
-    wants: Sequence[Want], max_rows: int, credit: dict[Hashable, int] | None = None, cost: CostModel | None = None
+    wants: Sequence[Want], max_rows: int, credit: dict[Hashable, int] | None = None, cost: CostModel | None = None, most: int = ALL,
+    expected: bool = False,
 ) -> list[Grant]:  # fmt: skip
     """Divide `max_rows` rows among `wants`, which come in order of waiting time, longest first. `credit`: what accounts are owed of earlier steps; it
-    is brought up to date. `cost`: what is known of the time of a step.
+    is brought up to date. `cost`: what is known of the time of a step. `most`: sequences that get a token in it. `expected`: somebody else may come
+    while it runs, for whose sake prompts alone take no step of more than `STALL` times an empty one.
 
     First those whose next token is in reach, then prompt chunks. A tree that does not fit any more waits whole; one that would not fit an
     empty step is cut, which is safe because every prefix of a tree is a tree.
     """
     credit = {} if credit is None else credit
-    grants = _divide(wants, turns(wants, credit), max_rows, cost)
+    grants = _divide(wants, turns(wants, credit), max_rows, cost, most, expected)
     _settle(wants, grants, max_rows, credit)
     return grants
 
@@ -101,18 +104,20 @@ def chunk(rows: int, answers: int, prompts: int, cost: CostModel | None) -> int:
     return max(LEAST, max(0, cost.knee - rows) + beyond)
 
 
-def _divide(wants: Sequence[Want], order: list[int], max_rows: int, cost: CostModel | None) -> list[Grant]:
+def _divide(wants: Sequence[Want], order: list[int], max_rows: int, cost: CostModel | None, most: int, expected: bool) -> list[Grant]:
     grants: list[Grant] = []
     free = max_rows
     answers = {i: _answer(i, wants[i], max_rows) for i in order}
     owed = min(CHUNK_BESIDE_TREES, sum(wants[i].chain - 1 for i, answer in answers.items() if answer is None))
     for grant in answers.values():
-        if grant is not None and grant.rows <= free - (owed if grants else 0):  # the rounds of many must not starve a prompt
+        if grant is not None and len(grants) < most and grant.rows <= free - (owed if grants else 0):  # the rounds of many must not starve a prompt
             grants.append(grant)
             free -= grant.rows
     prompts = [i for i in order if answers[i] is None and wants[i].chain > 1]
     if grants and prompts:
         free = min(free, chunk(max_rows - free, len(grants), len(prompts), cost))
+    elif prompts and expected and cost is not None and cost.confident and (slope := cost.slope(cost.knee)) > 0:
+        free = min(free, cost.knee + int(min((STALL - 1) * cost.predict(1, 0) / slope, MAX_CHUNK)))
     for i in prompts:
         chain = min(wants[i].chain - 1, free)  # the root stays behind: its row makes the token
         if chain > 0:

@@ -1,9 +1,9 @@
 """Server: a ROUTER socket in one thread, the engine in another.
 
 The network thread decodes frames and queues them; the engine thread applies them between steps and queues the answers, waking the poller through an
-inproc PAIR. All trees that came while a step ran are verified in the next one: that is the batching. Knows nothing of protocol rules (sessions.py)
-or of models. Invariants: only the network thread touches the ROUTER, only the engine thread touches the engine; a fault in one
-request never reaches another; with keys, nothing reaches the engine from a key that is not authorised at that moment.
+inproc PAIR. All trees that came while a step ran are verified in the next one, unless the pipeline knows better: that is the batching. Knows
+nothing of protocol rules (sessions.py) or of models. Invariants: only the network thread touches the ROUTER, only the engine thread touches the
+engine; a fault in one request never reaches another; with keys, nothing reaches the engine from a key that is not authorised at that moment.
 """
 
 import contextlib
@@ -20,6 +20,8 @@ import zmq
 
 from specedge.config import SpecedgeError
 from specedge.engine.engine import Engine
+from specedge.engine.pipeline import Pipeline
+from specedge.engine.scheduler import ALL
 from specedge.engine.texts import UseError
 from specedge.net import wire
 from specedge.net.auth import CURVE_EXTRA, Authenticator
@@ -28,7 +30,8 @@ from specedge.net.sessions import Peer, Reply, Sessions
 
 log = logging.getLogger(__name__)
 INBOX = 256  # messages that may wait for the engine: of the largest size they are 16 MB
-Inbound = tuple[Peer, wire.Message | None] | frozenset[str]  # None: the peer is gone; a set: users who may be here no more
+IDLE = 0.1  # seconds after which an engine without work looks up
+Inbound = tuple[Peer, wire.Message | None, float] | frozenset[str]  # and when it came; None: the peer is gone; a set: users who may be here no more
 
 
 class ListenError(SpecedgeError):
@@ -59,11 +62,13 @@ def address(endpoint: str) -> str:
 class Server:
     """Serves `engine` on `listen` until `stop`, which must be called even if `start` never was. Binds at construction: `endpoint` then holds the
     real address, and `address` what an Edge is given. `keys`: a directory that `specedge-server keygen` made; only keys that are authorised there are
-    served, and all traffic is encrypted. Between `start` and `stop` nobody else can use the engine, which stays open. Or use it as a context
+    served, and all traffic is encrypted. `pipeline`: let sessions take turns, or wait for each other, where that gives more tokens per second; else
+    whatever is ready is verified at once. Between `start` and `stop` nobody else can use the engine, which stays open. Or use it as a context
     manager. Raises ListenError for an address that cannot be served on, AuthError for keys that cannot be used."""
 
     def __init__(
-        self, engine: Engine, listen: str = "tcp://127.0.0.1:0", *, model: bytes = b"", keys: str | Path | None = None, insecure: bool = False
+        self, engine: Engine, listen: str = "tcp://127.0.0.1:0", *, model: bytes = b"", keys: str | Path | None = None, insecure: bool = False,
+        pipeline: bool = True,
     ) -> None:  # fmt: skip
         if not listen.startswith(("tcp://", "ipc://")):
             raise ListenError(f"{listen!r} is no address to listen on: write it as tcp://HOST:PORT")
@@ -75,7 +80,7 @@ class Server:
                 f"{listen} can be reached from other machines, and traffic is not encrypted: give --keys, listen on 127.0.0.1, or pass --insecure"
             )
         self._sessions = Sessions(engine, model, quota=self._quota)
-        self._engine = engine
+        self._engine, self._pipeline = engine, Pipeline(engine.cost) if pipeline else None
         self._inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
         self._outbox: deque[Reply] = deque()
         self._started: queue.SimpleQueue[UseError | None] = queue.SimpleQueue()  # whether the engine could be had
@@ -173,14 +178,17 @@ class Server:
     def _serve(self) -> None:
         wake = self._context.socket(zmq.PAIR)
         wake.connect("inproc://wake")
-        expire_at = 0.0
+        expire_at = wait = 0.0
         while not self._stopping.is_set():
             if self._drain is not None and not self._sessions.draining:
                 self._reply(wake, self._sessions.drain(time.monotonic(), self._drain))
-            self._reply(wake, self._apply(idle=not self._engine.busy))
+            self._reply(wake, self._apply(wait))
             self._sessions.settle(time.monotonic())
+            wait = IDLE
             if self._engine.busy:
-                self._reply(wake, self._step())
+                wait, most = self._pace()
+                if wait <= 0:
+                    self._reply(wake, self._step(most))
             if (now := time.monotonic()) > expire_at:
                 self._sessions.expire(now)
                 expire_at = now + 1.0
@@ -193,28 +201,37 @@ class Server:
             with contextlib.suppress(zmq.Again):  # so many wake-ups are under way that one more is not needed
                 wake.send(b"", zmq.NOBLOCK)
 
-    def _apply(self, idle: bool) -> list[Reply]:
-        """Take the messages that have come, but not for ever; when idle, wait for one."""
+    def _apply(self, wait: float) -> list[Reply]:
+        """Take the messages that have come, but not for ever; wait so many seconds for the first."""
         replies: list[Reply] = []
         try:
             for i in range(INBOX):
-                item = self._inbox.get(timeout=0.1) if idle and i == 0 else self._inbox.get_nowait()
+                item = self._inbox.get(timeout=wait) if wait > 0 and i == 0 else self._inbox.get_nowait()
                 if isinstance(item, frozenset):
                     replies += self._sessions.revoke(item, time.monotonic())
                     continue
-                peer, message = item
+                peer, message, came = item
                 if message is None:
                     self._sessions.forget(peer, time.monotonic())
                 else:
-                    replies += self._sessions.handle(peer, message, time.monotonic())
+                    replies += self._sessions.handle(peer, message, came)
         except queue.Empty:
             pass
         return replies
 
-    def _step(self) -> list[Reply]:
+    def _pace(self) -> tuple[float, int]:
+        """Seconds to wait before the next step, if nothing comes meanwhile, and how many sequences it is for."""
+        now = time.monotonic()
+        turns = self._engine.turns(now) if self._pipeline else None
+        if not turns or not self._pipeline:
+            return 0.0, ALL
+        when, most = self._pipeline.decide(turns, now)
+        return min(when - now, IDLE), most
+
+    def _step(self, most: int) -> list[Reply]:
         begun = time.monotonic()
         try:
-            found = self._engine.step()
+            found = self._engine.step(most)
         except Exception:
             log.exception("a step failed; all sessions are dropped")
             return self._sessions.end("internal", "the server failed in a step and dropped this session: open it again")
@@ -253,7 +270,7 @@ class Server:
         try:
             self._router.send_multipart([peer.route, wire.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError:  # gone, or it does not read: its sessions lapse, nobody waits for it
-            self._inbox.put((peer, None))
+            self._inbox.put((peer, None, time.monotonic()))
 
     def _receive(self) -> None:
         for _ in range(64):  # then look at the outbox again
@@ -268,7 +285,7 @@ class Server:
                 self._refuse(peer, f"a message of {len(body)} frames; one is allowed")
                 continue
             try:
-                self._inbox.put((peer, wire.decode(body[0].bytes)))
+                self._inbox.put((peer, wire.decode(body[0].bytes), time.monotonic()))
             except wire.WireError as e:
                 self._refuse(peer, str(e))
 

@@ -317,7 +317,7 @@ class Sessions:
             self.engine.run_until(s, min(m.run_until, s.limit))
         if m.base < len(s.tokens) or s.finish:
             return [self._catch_up(r, m.base)]
-        self.engine.offer(s, tree)
+        self.engine.offer(s, tree, now)
         self._fly(r, True)
         return []
 

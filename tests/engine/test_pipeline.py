@@ -64,7 +64,7 @@ def simulate(decide: Decide, of: Law, gaps: list[float], spread: float, seconds:
 
 def of_rule(of: Law) -> Decide:
     pipeline = Pipeline(Known(of))
-    return lambda turns, now: pipeline.decide(turns, 0, now)
+    return lambda turns, now: pipeline.decide(turns, now)
 
 
 CELLS = list(itertools.product((FREE, COSTLY, BOTH), (2, 4, 8), (0.005, 0.015, 0.03, 0.06, 0.15), (0.0, 0.1)))
@@ -92,9 +92,9 @@ def test_unequal_sessions() -> None:
 def test_two_edges_take_turns_where_rows_cost_and_go_together_where_they_are_free() -> None:
     costly, free = Pipeline(Known(COSTLY)), Pipeline(Known(FREE))
     gap = Known(COSTLY).predict(ROWS, 0)
-    simulate(lambda turns, now: costly.decide(turns, 0, now), COSTLY, [gap] * 2, 0.05, 5.0)
+    simulate(lambda turns, now: costly.decide(turns, now), COSTLY, [gap] * 2, 0.05, 5.0)
     assert costly.rule.need == 1
-    simulate(lambda turns, now: free.decide(turns, 0, now), FREE, [0.01] * 2, 0.05, 5.0)
+    simulate(lambda turns, now: free.decide(turns, now), FREE, [0.01] * 2, 0.05, 5.0)
     assert free.rule == Rule(2, 2)
     assert simulate(of_rule(COSTLY), COSTLY, [gap] * 2, 0.0, 5.0)[0] > 0.97 * TOKENS / gap, "the server is never idle"
 
@@ -112,15 +112,15 @@ def test_no_tree_waits_for_ever() -> None:
     p, steady = Pipeline(slow), Rhythm(gap=0.2, spread=0.01, rows=24, tokens=3.0)
     p.rule, p._sessions, p._left = Rule(2, 2), 2, 100
     turns = [Turn(True, 0.0, steady), Turn(False, 0.1, steady)]
-    when, _ = p.decide(turns, 0, 0.0)
+    when, _ = p.decide(turns, 0.0)
     assert 0.1 < when <= HARD
-    assert p.decide(turns, 0, when)[0] == when, "it was given its chance"
+    assert p.decide(turns, when)[0] == when, "it was given its chance"
     p.rule, p._left = Rule(2, 2), 100
     late = [Turn(True, 0.0, steady), Turn(False, 5.0, steady)]
-    assert p.decide(late, 0, 1.0)[0] == 1.0
+    assert p.decide(late, 1.0)[0] == 1.0
     always = [Turn(True, 0.0, steady), Turn(False, 1.0, steady)]
     start, now = 0.9, 0.9
-    while (when := p.decide(always, 0, now)[0]) > now:
+    while (when := p.decide(always, now)[0]) > now:
         p.rule, p._left, now = Rule(2, 2), 100, min(when, now + 0.05)
         always = [always[0], Turn(False, now + 0.1, steady)]
     assert now - start <= HARD + 0.05, "hope does not prolong it"
@@ -128,7 +128,7 @@ def test_no_tree_waits_for_ever() -> None:
 
 def test_alone_nobody_waits() -> None:
     p = Pipeline(Known(CPU))
-    assert p.decide([Turn(True, 0.0, Rhythm())], 0, 3.0) == (3.0, p.rule.most)
+    assert p.decide([Turn(True, 0.0, Rhythm())], 3.0) == (3.0, p.rule.most)
     assert p.rule.need == 1
 
 
@@ -151,7 +151,8 @@ def table() -> None:
         ours, at, all_ = (simulate(d, of, [gap] * sessions, spread, 20.0) for d in (of_rule(of), at_once, full_batch))
         name = {FREE: "free", COSTLY: "costly", BOTH: "both"}[of]
         best = max(at[0], all_[0])
-        print(f"| {name} | {sessions} | {gap * 1e3:.0f} | {spread} | {at[0]:.1f} | {all_[0]:.1f} | {ours[0]:.1f} | {ours[0] / best:.3f} | {ours[1] * 1e3:.0f} |")
+        cell = f"{name} | {sessions} | {gap * 1e3:.0f} | {spread}"
+        print(f"| {cell} | {at[0]:.1f} | {all_[0]:.1f} | {ours[0]:.1f} | {ours[0] / best:.3f} | {ours[1] * 1e3:.0f} |")
 
 
 if __name__ == "__main__":

@@ -366,14 +366,14 @@ def test_a_flood_does_not_stop_the_steps(model: Path, monkeypatch: pytest.Monkey
         nonlocal served
         served += 1
         if served < 20_000:
-            flooded._inbox.put((peer, message))
+            flooded._inbox.put((peer, message, 0.0))
         return []
 
     monkeypatch.setattr(type(flooded._sessions), "handle", lambda self, *rest: handle(*rest))
     try:
         for _ in range(3):
-            flooded._inbox.put((Peer(b"peer"), Hello("raw", b"")))
-        flooded._apply(idle=False)
+            flooded._inbox.put((Peer(b"peer"), Hello("raw", b""), 0.0))
+        flooded._apply(0.0)
         assert served < 20_000
     finally:
         flooded._context.destroy(linger=0)
