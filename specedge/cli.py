@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from specedge import __version__, settings
-from specedge.config import DraftConfig, EngineConfig, SamplingParams, SpecedgeError
+from specedge.config import PRIORITIES, DraftConfig, EngineConfig, SamplingParams, SpecedgeError
 
 if TYPE_CHECKING:
     from specedge.engine.request import Completion
@@ -220,6 +220,7 @@ def _text_arguments(g: argparse.ArgumentParser) -> None:
     g.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a string that ends the text; may be given several times")
     g.add_argument("--ignore-eos", action=SWITCH, default=False, help="do not stop at the model's end of text")
     g.add_argument("--seed", type=int, metavar="S", help="repeats a sampled text (default: a random one, which is reported)")
+    g.add_argument("--priority", choices=PRIORITIES, default="interactive", help="batch: idle rows of the server will do (default: %(default)s)")
     g.add_argument("--tree-size", type=int, default=31, metavar="N", help="nodes drafted per round (default: %(default)s)")
     g.add_argument("--proactive", action=SWITCH, default=True, help="draft while a verdict is in flight")
     _device_arguments(g)
@@ -269,11 +270,11 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**{name: getattr(args, name) for name in names}).with_seed()
 
 
-def _stream(client: "Edge", tokens: list[int], params: SamplingParams, out: TextIO | None) -> _Reply:
+def _stream(client: "Edge", tokens: list[int], params: SamplingParams, priority: str, out: TextIO | None) -> _Reply:
     """Complete `tokens`, writing the text to `out` as it comes. Ctrl-C stops the reply and keeps what came of it."""
     if len(tokens) > LONG_PROMPT and sys.stderr.isatty():
         _say(f"specedge-edge: waiting for the server to read {len(tokens):,} tokens")
-    reply, stream = _Reply(params, len(tokens)), client.stream(tokens, params)
+    reply, stream = _Reply(params, len(tokens)), client.stream(tokens, params, priority=priority)
     try:
         for chunk in stream:
             reply.ids += chunk.token_ids
@@ -296,7 +297,7 @@ def _generate(args: argparse.Namespace) -> int:
     with _open_edge(args) as client:
         assert client.tokenizer is not None
         tokens = client.tokenizer.chat([*_system(args), _message("user", prompt)]) if args.chat else client.tokenizer.encode(prompt)
-        reply = _stream(client, tokens, params, out)
+        reply = _stream(client, tokens, params, args.priority, out)
     if reply.done is None or not args.json:
         _say(f"specedge-edge: {reply}")
     if args.json:
@@ -335,7 +336,7 @@ def _chat(args: argparse.Namespace) -> int:
             if not line.strip():
                 continue
             messages.append(_message("user", line))
-            reply = _stream(client, client.tokenizer.chat(messages), params, sys.stdout)
+            reply = _stream(client, client.tokenizer.chat(messages), params, args.priority, sys.stdout)
             messages.append(_message("assistant", reply.text))
             _say(f"specedge-edge: {reply}")
 

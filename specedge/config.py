@@ -12,6 +12,7 @@ from specedge.tree import MAX_NODES
 
 GREEDY_BELOW = 1e-5  # a temperature below this means argmax: 1/T would push logits out of float32's useful range
 MAX_ROWS_PER_TREE = MAX_NODES + 1
+PRIORITIES = ("interactive", "batch")  # batch: only rows that cost interactive texts nothing
 
 
 class SpecedgeError(Exception):
@@ -26,6 +27,12 @@ def brief(reason: object) -> str:
 def _require(ok: bool, name: str, value: object, want: str) -> None:
     if not ok:
         raise ValueError(f"{name} is {value!r}, but must be {want}")
+
+
+def is_batch(priority: str) -> bool:
+    """Whether a priority is the lower one; ValueError if it is none."""
+    _require(priority in PRIORITIES, "priority", priority, " or ".join(PRIORITIES))
+    return priority == "batch"
 
 
 def _require_int(name: str, value: object, low: int, high: int) -> None:

@@ -75,7 +75,7 @@ def test_ids_are_equal(cell: Cell, engine: Engine, truth: dict[float, list[list[
     assert [c.token_ids for c in done] == want
     check_empty(engine)
     here.drafter.pool.check()
-    if draft == "target" and size >= 31 and temperature == 0.0:
+    if draft == "target" and size >= 31 and temperature == 0.0 and not clever:
         assert all(c.speculation.tokens_per_round(TOKENS) > 2 for c in done), "a perfect draft must pay"
 
     with Server(engine, pipeline=clever) as server:

@@ -31,9 +31,10 @@ WIDTH = np.diff(EDGES)  # [C] ranks in a class, whose survival is taken to be on
 CLASS = np.repeat(np.arange(len(WIDTH)), WIDTH)  # [MAX_NODES] of rank i + 1
 GUESS = 0.7 / np.sqrt(np.array(EDGES[:-1]) * (np.array(EDGES[1:]) - 1.0)) ** 0.8  # [C] before anything was seen: 3.8 tokens of 31 nodes
 TRIED = np.array([np.bincount(CLASS[:n], minlength=len(WIDTH)) for n in range(MAX_NODES + 1)], float)  # [n, C] nodes that a tree of n tries
-PRIOR, OWN = 4.0, 8.0  # nodes that the guess, and the survival over all sessions, weigh
+PRIOR, OWN = 4.0, 3.0  # nodes that the guess, and the survival over all sessions, weigh
 SLOW, FAST = 0.999, 0.98  # what is left of the memory of all sessions, of one, after a round
-EXPLORE = 32  # every so many rounds a session may have twice as many nodes and one more: else ranks that are refused could never be learned
+EXPLORE = 32  # every so many rounds, and after 1, 2, 4, 8 and 16, a session may have twice as many nodes and one more, but
+FEW = 7  # so many in those first ones: else ranks that are refused could never be learned, nor that a new draft is better than those before
 STEADY = 0.05  # weight of the latest in running means
 QUEUED = 1 / 16  # a pause shorter than this share of the step before is none: somebody was waiting already
 MOST = 4096  # nodes over which budgets are computed: sorting them takes 0.3 ms
@@ -51,7 +52,12 @@ class Acceptance:
     @property
     def exploring(self) -> bool:
         """Whether the next round is there to learn."""
-        return self.rounds % EXPLORE == EXPLORE - 1
+        return self.new or self.rounds % EXPLORE == EXPLORE - 1
+
+    @property
+    def new(self) -> bool:
+        """Whether the next round is one of the first that are there to learn."""
+        return self.rounds in (1, 2, 4, 8, 16)
 
 
 def admit(curves: Sequence[NDArray[np.float64]], rows: int, answers: int, context: int, cost: CostModel, away: float, limit: int) -> list[int]:
@@ -124,4 +130,4 @@ class Admission:
         most = min(MAX_NODES, max(8, MOST // max(1, len(sessions))))
         found = admit([c[:most] for c in self.curves(sessions)], answers, answers, context, self.cost, self.away, limit)
         for s, n in zip(sessions, found, strict=True):
-            s.budget = min(MAX_NODES, 2 * n + 1 if s.exploring else n)
+            s.budget = min(MAX_NODES, max(2 * n + 1, FEW if s.new else 0) if s.exploring else n)

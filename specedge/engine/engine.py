@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from specedge.config import MAX_ROWS_PER_TREE, EngineConfig, SamplingParams
+from specedge.config import MAX_ROWS_PER_TREE, EngineConfig, SamplingParams, is_batch
 from specedge.engine.admission import Admission
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.cost import CostModel
@@ -85,12 +85,12 @@ class Engine(TextEngine):
     @alone
     def open(
         self, tokens: list[int], params: SamplingParams, prompt_len: int | None = None, stop: frozenset[int] | None = None,
-        account: Account | None = None,
+        account: Account | None = None, priority: str = "interactive",
     ) -> Sequence:  # fmt: skip
         """A sequence of known tokens whose first `prompt_len` (all, if None) are the prompt. Its K/V is computed from the next step on.
 
-        `stop`: the ids that end it, in place of eos_ids and params.stop_ids. `account`: who pays for it, and shares its pages.
-        Raises RequestError if it can never be served.
+        `stop`: the ids that end it, in place of eos_ids and params.stop_ids. `account`: who pays for it, and shares its pages. `priority`: a batch
+        sequence has rows that cost interactive ones nothing, and is the first to be preempted. Raises RequestError if it can never be served.
         """
         if not tokens:
             raise RequestError("the prompt holds no tokens, at least one is needed")
@@ -102,7 +102,7 @@ class Engine(TextEngine):
             stop = frozenset(params.stop_ids if params.ignore_eos else (*params.stop_ids, *self.eos_ids))
         self._opened += 1
         prompt_len = len(tokens) if prompt_len is None else prompt_len
-        sequence = Sequence(list(tokens), prompt_len, params.with_seed(), stop, account or self._everybody, self._opened)
+        sequence = Sequence(list(tokens), prompt_len, params.with_seed(), stop, account or self._everybody, is_batch(priority), self._opened)
         if sequence.limit > self.runner.context:
             asked = f"{sequence.prompt_len} prompt tokens and max_tokens {params.max_tokens}"
             raise RequestError(f"{asked} exceed the context of {self.runner.context}: shorten one of them")
@@ -173,7 +173,7 @@ class Engine(TextEngine):
         self._admit()
         running = [s for s in self._running if not s.held]
         batch, jobs = self.runner.batch(), list[Job]()
-        expected = any(s.answered and not s.wants_token for s in running)
+        expected = any(s.answered and not s.wants_token and not s.batch for s in running)
         for grant in schedule(self._wants(running, most), self.runner.sizes.max_rows, self._credit, self.cost, most, expected):
             s = running[grant.index]
             tree = self._tree(s, grant)
@@ -206,26 +206,30 @@ class Engine(TextEngine):
         first = self._next()
         if first is None or len(self._running) >= self.runner.sizes.max_sequences:
             return None
-        owed = sum(1 + max(0, self.pool.pages_for(len(s.tokens)) - len(s.table.pages)) for s in self._running if s.table)
-        return None if self._running and self.pool.pages_for(len(first.tokens)) + owed > self.pool.available else first
+        yielding = [s for s in self._running if s.batch and not first.batch]  # whose pages `_reserve` would take
+        staying = [s for s in self._running if s not in yielding]
+        owed = sum(1 + max(0, self.pool.pages_for(len(s.tokens)) - len(s.table.pages)) for s in staying if s.table)
+        room = self.pool.available + sum(len(s.table.pages) for s in yielding if s.table)
+        return None if staying and self.pool.pages_for(len(first.tokens)) + owed > room else first
 
     def _next(self) -> Sequence | None:
-        """The first that waits and would run. One that begins with a page which is being computed right now lets others pass: soon it finds that
-        page and need not compute it again."""
+        """The first that waits and would run, those of batch last. One that begins with a page which is being computed right now lets others pass:
+        soon it finds that page and need not compute it again."""
         size = self.pool.page_size
         coming = {r.keys[r.computed // size] for r in self._running if self._waiting and r.computed // size < len(r.keys)}
-        return next((s for s in self._waiting if s.wants_pages and coming.isdisjoint(s.keys)), None)
+        wanting = sorted((s for s in self._waiting if s.wants_pages), key=lambda s: (s.batch, s.order))
+        return next((s for s in wanting if coming.isdisjoint(s.keys)), None)
 
     def _reserve(self, s: Sequence, tokens: int, jobs: list[Job]) -> bool:
-        """Pages for the first `tokens` of `s`, taken from the latest arrivals if need be; False: `s` itself has to wait. Whoever came first is
-        never preempted, so somebody always gets on. Recomputation gives the same bits, so the text does not change."""
+        """Pages for the first `tokens` of `s`, taken from the latest arrivals if need be, those of batch sequences first; False: `s` itself has to
+        wait. Whoever came first is never preempted, so somebody always gets on. Recomputation gives the same bits, so the text does not change."""
         at_work = {id(job.sequence) for job in jobs}
         while s.table is not None:
             try:
                 s.table.grow(tokens)
                 return True
             except OutOfPages:
-                victim = max((r for r in self._running if id(r) not in at_work), key=lambda r: r.order)
+                victim = max((r for r in self._running if id(r) not in at_work), key=lambda r: (r.batch, r.order))
                 if victim is s and len(self._running) == 1:
                     raise
                 self._preempt(victim)
@@ -241,16 +245,19 @@ class Engine(TextEngine):
         self._waiting.insert(sum(w.order < s.order for w in self._waiting), s)
 
     def turns(self, now: float) -> list[Turn] | None:
-        """Who is ready for a step or expected soon, for a Pipeline; None if there is work for which nobody has to be waited: a prompt."""
+        """Who is ready for a step or expected soon, for a Pipeline; None if there is work for which nobody has to be waited: a prompt, or that of
+        batch sequences while no other is ready."""
         running = [s for s in self._running if not s.held]
         if self.guard.behind or any(s.pending > 1 for s in running) or self._admissible() is not None:
             return None
-        return [t for s in running if (t := s.turn(now)) is not None]
+        found = [t for s in running if not s.batch and (t := s.turn(now)) is not None]
+        return found if any(t.ready for t in found) else None
 
     def _wants(self, running: list[Sequence], most: int) -> list[Want]:
         """What each wants of the next step: of its tree, the nodes that are worth their rows beside those of the others whose turn it is."""
-        wants = [Want(s.pending, s.wants_token, len(s.tree) if s.tree is not None else 0, s.account) for s in running]
-        ready = [i for i in turns(wants, self._credit) if wants[i].token and wants[i].chain <= MAX_ROWS_PER_TREE][:most]
+        wants = [Want(s.pending, s.wants_token, len(s.tree) if s.tree is not None else 0, s.account, s.batch) for s in running]
+        ready = [i for i in turns(wants, self._credit) if wants[i].token and wants[i].chain <= MAX_ROWS_PER_TREE]
+        ready = [i for i in ready if not wants[i].batch][:most] or ready
         if self.runner.sizes.admission and any(wants[i].nodes for i in ready):
             rows, prompts = sum(wants[i].chain for i in ready), sum(w.chain - 1 for w in wants if not w.token or w.chain > MAX_ROWS_PER_TREE)
             chosen = self.admission.choose(

@@ -38,6 +38,7 @@ class Sequence:
     params: SamplingParams  # with a seed
     stop: frozenset[int]  # ids that end the text
     account: Account
+    batch: bool = False  # takes what others leave
     order: int = 0  # of arrival
     keys: list[bytes] = field(default_factory=list)  # of the full pages that its known tokens begin with
     table: PageTable | None = None  # None while it waits for admission

@@ -2,7 +2,7 @@
 
 There is no prefill, decode or verify phase. A sequence has a chain of tokens without K/V that ends in its root, and perhaps a tree below the
 root; it is given rows from the front of that list. Knows nothing of tensors, clocks or sockets. Invariants: the rows of a step never
-pass `max_rows`; accounts take turns, and within an account whoever has waited longest goes first, so nobody waits for ever.
+pass `max_rows`; accounts take turns, and within an account whoever has waited longest goes first, so nobody who is not batch waits for ever.
 """
 
 import heapq
@@ -21,12 +21,14 @@ LEAST = 16  # such rows at least, however many are verified: no prompt starves
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """`chain` tokens without K/V, the root last; `token`: its next token is wanted; `nodes` below the root; `account`: who pays for the rows."""
+    """`chain` tokens without K/V, the root last; `token`: its next token is wanted; `nodes` below the root; `account`: who pays for the rows;
+    `batch`: it takes what others leave."""
 
     chain: int
     token: bool
     nodes: int = 0
     account: Hashable = None
+    batch: bool = False
 
     @property
     def rows(self) -> int:
@@ -52,14 +54,20 @@ def schedule(
     expected: bool = False,
 ) -> list[Grant]:  # fmt: skip
     """Divide `max_rows` rows among `wants`, which come in order of waiting time, longest first. `credit`: what accounts are owed of earlier steps; it
-    is brought up to date. `cost`: what is known of the time of a step. `most`: sequences that get a token in it. `expected`: somebody else may come
-    while it runs, for whose sake prompts alone take no step of more than `STALL` times an empty one.
+    is brought up to date. `cost`: what is known of the time of a step. `most`: sequences, batch apart, that get a token in it. `expected`: somebody
+    else who is not batch may come while it runs, for whose sake prompts alone take no step of more than `STALL` times an empty one.
 
     First those whose next token is in reach, then prompt chunks. A tree that does not fit any more waits whole; one that would not fit an
-    empty step is cut, which is safe because every prefix of a tree is a tree.
+    empty step is cut, which is safe because every prefix of a tree is a tree. Last come those who are batch: beside others, and while others are
+    expected, they have the rows under the knee that are left, to which their trees are cut; else the whole step.
     """
     credit = {} if credit is None else credit
-    grants = _divide(wants, turns(wants, credit), max_rows, cost, most, expected)
+    order = turns(wants, credit)
+    grants = _divide(wants, [i for i in order if not wants[i].batch], max_rows, cost, most, expected)
+    free = max_rows - sum(g.rows for g in grants)
+    if grants or expected:
+        free = min(free, (cost.knee if cost else 0) - (max_rows - free))
+    grants += _fill(wants, [i for i in order if wants[i].batch], free)
     _settle(wants, grants, max_rows, credit)
     return grants
 
@@ -82,10 +90,10 @@ def turns(wants: Sequence[Want], credit: dict[Hashable, int]) -> list[int]:
 
 def _settle(wants: Sequence[Want], grants: list[Grant], max_rows: int, credit: dict[Hashable, int]) -> None:
     """Deficit round robin: every account has a right to an equal share of a step. Who is kept waiting is owed what it did not get of it, and owes
-    what it got beyond, but not more than a step: those rows nobody else could use. Who had all that it wanted begins anew."""
-    had = {g.index: g.rows for g in grants}
-    waiting = {w.account for i, w in enumerate(wants) if had.get(i, 0) < w.rows}
-    share = max_rows // max(1, len({w.account for w in wants if w.rows}))
+    what it got beyond, but not more than a step: those rows nobody else could use. Who had all that it wanted begins anew. Batch is owed nothing."""
+    had = {g.index: g.rows for g in grants if not wants[g.index].batch}
+    waiting = {w.account for i, w in enumerate(wants) if not w.batch and had.get(i, 0) < w.rows}
+    share = max_rows // max(1, len({w.account for w in wants if w.rows and not w.batch}))
     rows = {a: sum(n for i, n in had.items() if wants[i].account == a) for a in waiting}
     new = {a: max(credit.get(a, 0) + share - rows[a], -max_rows) for a in waiting}
     credit.clear()
@@ -123,6 +131,19 @@ def _divide(wants: Sequence[Want], order: list[int], max_rows: int, cost: CostMo
         if chain > 0:
             grants.append(Grant(i, chain, False))
             free -= chain
+    return grants
+
+
+def _fill(wants: Sequence[Want], order: list[int], free: int) -> list[Grant]:
+    """Divide `free` rows among those who are batch."""
+    grants: list[Grant] = []
+    for i in order:
+        if free <= 0:
+            break
+        grant = _answer(i, wants[i], free) or Grant(i, min(wants[i].chain - 1, free), False)
+        if grant.rows:
+            grants.append(grant)
+            free -= grant.rows
     return grants
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import zmq
 
-from specedge.config import DraftConfig, SamplingParams, SpecedgeError
+from specedge.config import DraftConfig, SamplingParams, SpecedgeError, is_batch
 from specedge.engine.drafter import Drafter, Session
 from specedge.engine.request import Chunk, Completion, Output
 from specedge.net import wire
@@ -93,23 +93,28 @@ class Edge:
     # ------------------------------------------------------------------------------------------------------------------
     # the caller's side
 
-    def generate(self, prompts: str | Iterable[str | list[int]], params: SamplingParams | None = None) -> list[Completion]:
-        """Complete all prompts at once; ids, order and seeds of several completions as the target alone gives them (Engine.generate). Raises the
-        first ServerError, and ValueError for log-probabilities, which do not cross the network."""
+    def generate(
+        self, prompts: str | Iterable[str | list[int]], params: SamplingParams | None = None, *, priority: str = "interactive"
+    ) -> list[Completion]:  # fmt: skip
+        """Complete all prompts at once; ids, order and seeds of several completions as the target alone gives them (Engine.generate). `priority`:
+        "batch" asks for no more than what the server's interactive texts leave of its time. Raises the first ServerError, and ValueError for
+        another priority and for log-probabilities, which do not cross the network."""
         params = params or SamplingParams()
         texts: list[Text] = []
         try:
             for p in [prompts] if isinstance(prompts, str) else prompts:
-                texts += [self._begin(p, each) for each in params.each()]
+                texts += [self._begin(p, each, priority) for each in params.each()]
             return [c.completion for t in texts for c in self._chunks(t) if c.completion]
         finally:
             for t in texts:
                 self._tell(t, False)
 
-    def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Generator[Chunk]:
+    def stream(
+        self, prompt: str | list[int], params: SamplingParams | None = None, *, priority: str = "interactive"
+    ) -> Generator[Chunk]:  # fmt: skip
         """Complete one prompt piece by piece; the last chunk holds the completion. Dropping the iterator cancels the text. Errors as in `generate`,
         and ValueError if params.n is not 1."""
-        text = self._begin(prompt, (params or SamplingParams()).single())
+        text = self._begin(prompt, (params or SamplingParams()).single(), priority)
         try:
             yield from self._chunks(text)
         finally:
@@ -129,7 +134,8 @@ class Edge:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _begin(self, prompt: str | list[int], params: SamplingParams) -> Text:
+    def _begin(self, prompt: str | list[int], params: SamplingParams, priority: str) -> Text:
+        batch = is_batch(priority)
         if params.logprobs is not None:
             raise ValueError(f"logprobs is {params.logprobs}, but must be None here: only token ids cross the network; ask an Engine for them")
         if isinstance(prompt, str):
@@ -145,7 +151,7 @@ class Edge:
         assert params.seed is not None
         w = self.welcome
         stop = sorted({*params.stop_ids, *(() if params.ignore_eos else w.eos_ids)})
-        rounds = Rounds(list(prompt), len(prompt), params, stop, w.vocab, w.limits.max_nodes, time.monotonic())
+        rounds = Rounds(list(prompt), len(prompt), params, stop, w.vocab, w.limits.max_nodes, time.monotonic(), batch)
         text = Text(rounds, Output(self.tokenizer, len(prompt), params.seed, params.stop))
         self._tell(text, True)
         return text

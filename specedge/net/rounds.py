@@ -45,6 +45,7 @@ class Rounds:
     vocab: int
     budget: int  # nodes that the server wants at most
     heard: float  # when the server last said something that helps
+    batch: bool = False  # the server's idle rows will do
     id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     round: int = 0
     sent: TokenTree | None = None  # awaits its verdict
@@ -134,7 +135,8 @@ class Rounds:
         first = wire.pack_ids(self.tokens[: wire.FIRST])
         messages: list[wire.Message] = [
             wire.Open(
-                self.id, first, len(self.tokens), self.prompt_len, pack_sampling(self.params), self.stop, self.params.max_tokens, answered
+                self.id, first, len(self.tokens), self.prompt_len, pack_sampling(self.params), self.stop, self.params.max_tokens, answered,
+                int(self.batch),
             )
         ]
         for at in range(wire.FIRST, len(self.tokens), wire.CHUNK):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from specedge import __version__
+from specedge.config import PRIORITIES
 from specedge.engine import request
 from specedge.engine.engine import Engine
 from specedge.engine.texts import RequestError
@@ -279,7 +280,7 @@ class Sessions:
         o = r.opened
         try:
             params = unpack_sampling(o.sampling, o.max_tokens)
-            r.sequence = self.engine.open(r.tokens, params, o.prompt_len, frozenset(o.stop_ids), r.usage.payer)
+            r.sequence = self.engine.open(r.tokens, params, o.prompt_len, frozenset(o.stop_ids), r.usage.payer, PRIORITIES[o.batch])
         except RequestError as e:
             raise Refused("length", str(e)) from None
         except ValueError as e:

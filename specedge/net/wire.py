@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from specedge.tree import MAX_NODES, TokenTree
 
 MAGIC = b"SPEG"
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 HEADER = struct.Struct("<4sBBBBII")
 SIZES = (512, 2048, 65536)
 CHUNK = 16000  # token ids in one PROMPT or VERDICT frame: 64,000 bytes, which leaves room for the other fields
@@ -107,6 +107,7 @@ class Open(Message):
     stop_ids: Annotated[list[U32], Meta(max_length=128)]
     max_tokens: U32  # counted from prompt_len
     round: U32 = 0
+    batch: Annotated[int, Meta(ge=0, lt=2)] = 0  # 1: be served with rows that cost others nothing; since 1.1
 
 
 class Prompt(Message):

@@ -118,7 +118,7 @@ def test_what_was_refused_can_be_learned() -> None:
     learn(a, [s], np.zeros(MAX_NODES), 200, rng)
     assert s.budget <= 1
     learn(a, [s], 0.9 ** np.arange(1, MAX_NODES + 1), 1500, rng)
-    assert s.budget >= 4
+    assert 3 <= s.budget <= 7, "the optimum is flat: 57.3 tokens per second with 3 nodes, 58.6 with 5"
 
 
 def test_exploring_is_rare_and_small() -> None:

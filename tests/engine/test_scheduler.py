@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -160,3 +161,41 @@ def test_who_is_not_kept_waiting_owes_nothing() -> None:
     for owed in (-106, -212, -300, -300):
         schedule(greedy, 300, credit)
         assert credit == {"a": owed}, "256 rows in place of 150"
+
+
+def test_batch_fills_the_rows_that_others_leave() -> None:
+    gpu = Known(GPU)
+    grants = schedule([Want(1, True, 255, batch=True), Want(1, True, 31)], 512, cost=gpu)
+    assert grants == [Grant(1, 1, True, 31), Grant(0, 1, True, GPU[2] - 32 - 1)], "its tree is cut to the rows under the knee"
+    crowd = [Want(1, True, 31) for _ in range(6)]
+    assert all(g.index for g in schedule([Want(1, True, 7, batch=True), *crowd], 512, cost=gpu)), "192 rows: none is left"
+    assert schedule([Want(1, True, 100, batch=True)], 512, cost=gpu, expected=True) == [Grant(0, 1, True, 100)]
+    assert schedule([Want(1, True, 31, batch=True)], 512, cost=Known(CPU), expected=True) == [Grant(0, 1, True, 7)], "others may come any moment"
+    assert schedule([Want(1, True, 31, batch=True)], 512, cost=Known(CPU)) == [Grant(0, 1, True, 31)], "nobody else is there"
+    assert schedule([Want(900, True, 0, batch=True)], 512, cost=Known(CPU)) == [Grant(0, 512, False)]
+
+
+@given(WANTS, WANTS.map(lambda wants: [replace(w, batch=True) for w in wants]), st.booleans())
+def test_batch_takes_nothing_from_others(wants: list[Want], batch: list[Want], expected: bool) -> None:
+    cost, credit, apart = Known(GPU), dict[Hashable, int](), dict[Hashable, int]()
+    both = schedule([*wants, *batch], 512, credit, cost, expected=expected)
+    assert [g for g in both if g.index < len(wants)] == schedule(wants, 512, apart, cost, expected=expected)
+    assert credit == apart
+    lower = sum(g.rows for g in both if g.index >= len(wants))
+    upper = sum(g.rows for g in both) - lower
+    assert lower <= (max(0, cost.knee - upper) if upper or expected else 512)
+    if any(w.rows for w in batch) and upper < (cost.knee if upper or expected else 512):
+        assert lower, "idle rows are used"
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 60))
+def test_a_bound_on_the_wait(sessions: int, most: int, nodes: int) -> None:
+    """Whoever is ready is verified in one of the next ceil(n / most) steps, whatever comes after it."""
+    wants = [(i, Want(1, True, nodes)) for i in range(sessions)]
+    waited = dict.fromkeys(range(sessions), 0)
+    for _ in range(30):
+        served = {wants[g.index][0] for g in schedule([w for _, w in wants], 512, {}, Known(CPU), most)}
+        wants = [x for x in wants if x[0] not in served] + [x for x in wants if x[0] in served]
+        for i in waited:
+            waited[i] = 0 if i in served else waited[i] + 1
+            assert waited[i] < -(-sessions // most)

@@ -1,4 +1,4 @@
-"""The wire: golden bytes of version 1.0, round trips, the bounds of every field, and hostile frames.
+"""The wire: golden bytes of versions 1.0 and 1.1, round trips, the bounds of every field, and hostile frames.
 
 `golden/1.0/*.hex` are frames that have been on the network: they are never made anew, a change that breaks them is a new version. The
 tables below (MESSAGES, KINDS) repeat the protocol by hand, so that a changed bound or order of fields in wire.py fails here.
@@ -54,7 +54,7 @@ from specedge.net.wire import (
 from specedge.tree import TreeError
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = Path(__file__).parent / "golden" / "1.0"
+GOLDEN = Path(__file__).parent / "golden" / "1.1"
 FUZZ = int(os.environ.get("FUZZ_FRAMES", "20000"))
 SIZES = (512, 2048, 65536)
 SID = bytes(range(0xA0, 0xB0))
@@ -71,10 +71,10 @@ MESSAGES: dict[str, tuple[type[Message], int, tuple[str, ...], int, Message]] = 
         ),
     ),
     "open": (
-        Open, 3, ("session", "first_tokens", "u32", "u32", "sampling", "stop_ids", "u32", "u32"), 7,
+        Open, 3, ("session", "first_tokens", "u32", "u32", "sampling", "stop_ids", "u32", "u32", "batch"), 7,
         Open(
             SID, pack_ids([1, 70_000, 151_935]), 5, 3, Sampling(0.8, 2**64 - 2, 40, 0.95, 0.05, 1.1, 0.5, -0.5, 3, pack_ids([7, 9]), bytes(16)),
-            [151_645, 0], 4096, 300,
+            [151_645, 0], 4096, 300, 1,
         ),
     ),
     "prompt": (Prompt, 4, ("session", "u32", "tokens"), 3, Prompt(SID, 16_000, pack_ids(list(range(300, 420))))),
@@ -116,6 +116,7 @@ KINDS: dict[str, tuple[list[object], list[object]]] = {
     "u8": ([0, 255], [*NOT_INT, *TOO_LARGE, 256]),
     "u16": ([0, 2**16 - 1], [*NOT_INT, *TOO_LARGE, 2**16]),
     "u32": ([0, 2**32 - 1], [*NOT_INT, *TOO_LARGE]),
+    "batch": ([0, 1], [*NOT_INT, *TOO_LARGE, 2, 255]),
     "finish": ([0, 1, 2], [*NOT_INT, *TOO_LARGE, 3, 255]),
     "session": ([bytes(16), b"\xff" * 16], [*NOT_BYTES, b"", bytes(15), bytes(17)]),
     "digest": ([b"", bytes(32)], [*NOT_BYTES, bytes(33)]),
@@ -188,6 +189,14 @@ def test_golden_bytes_both_ways(name: str) -> None:
     assert decode(stored) == message and type(decode(stored)) is type(message)
 
 
+@each_message
+def test_frames_of_1_0_are_understood(name: str) -> None:
+    """They lack what came later, which has its default then."""
+    stored = bytes.fromhex((GOLDEN.parent / "1.0" / f"{name}.hex").read_text())
+    message = sample(name)
+    assert stored[5] == 0 and decode(stored) == (msgspec.structs.replace(message, batch=0) if isinstance(message, Open) else message)
+
+
 def test_golden_frames_are_all_there() -> None:
     assert {p.stem for p in GOLDEN.glob("*.hex")} == set(MESSAGES)
     assert {kind: number for kind, number, *_ in MESSAGES.values()} == wire.TYPES, "a message type without a golden frame"
@@ -228,7 +237,7 @@ ANY_MESSAGE: dict[type[Message], st.SearchStrategy[Message]] = {
     Welcome: st.builds(
         Welcome, text, digest, digest, u32, st.lists(u32, max_size=64), st.builds(Limits, u8, u32, u32), u32, st.builds(Load, u32, u32, u32),
     ),
-    Open: st.builds(Open, session, first_tokens, u32, u32, sampling, st.lists(u32, max_size=128), u32, u32),
+    Open: st.builds(Open, session, first_tokens, u32, u32, sampling, st.lists(u32, max_size=128), u32, u32, st.integers(0, 1)),
     Prompt: st.builds(Prompt, session, u32, tokens),
     Opened: st.builds(Opened, session, u32),
     Draft: st.builds(Draft, session, u32, u32, st.binary(max_size=1020), st.binary(max_size=255), u32),
@@ -366,7 +375,7 @@ def test_bad_magic(place: int) -> None:
 
 @pytest.mark.parametrize("major", [0, 2, 3, 255])
 def test_another_major_version(major: int) -> None:
-    refused(raw(9, pack([SID]), major=major), f"version {major} is spoken there, 1.0 here")
+    refused(raw(9, pack([SID]), major=major), f"version {major} is spoken there, 1.1 here")
     refused(raw(77, b"another format", major=major, flags=9), f"version {major}")
 
 
