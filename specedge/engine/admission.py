@@ -126,7 +126,8 @@ class Admission:
         self._hits, self._tries = kept * self._hits + hit.sum(0), kept * self._tries + tried.sum(0)
 
     def plan(self, sessions: Sequence[Acceptance], answers: int, context: int, limit: int) -> None:
-        """Say what each session may offer in its next round, if it meets the company of this one: set their budgets."""
+        """Say what each session may offer in its next round, if it meets the company of this one: set their budgets. `answers`, `context` and `limit`
+        are those of the step, as in `admit`."""
         most = min(MAX_NODES, max(8, MOST // max(1, len(sessions))))
         found = admit([c[:most] for c in self.curves(sessions)], answers, answers, context, self.cost, self.away, limit)
         for s, n in zip(sessions, found, strict=True):

@@ -173,7 +173,7 @@ class Engine(TextEngine):
         self._admit()
         running = [s for s in self._running if not s.held]
         batch, jobs = self.runner.batch(), list[Job]()
-        expected = any(s.answered and not s.wants_token and not s.batch for s in running)
+        expected = any(not s.batch and (t := s.turn(begun)) is not None and not t.ready for s in running)
         for grant in schedule(self._wants(running, most), self.runner.sizes.max_rows, self._credit, self.cost, most, expected):
             s = running[grant.index]
             tree = self._tree(s, grant)
@@ -275,13 +275,14 @@ class Engine(TextEngine):
         if ended:
             self.admission.paused(begun - ended, ended - before)
         self._stepped = (begun, now) if self._running or self._waiting else (0.0, 0.0)
-        known = [job.sequence.acceptance for job in jobs]
         for job, v in zip(jobs, verdicts, strict=True):
             job.sequence.answered = now
             job.sequence.rhythm.verified(v.verified, len(v.path) + len(v.tokens))
-        if self.runner.sizes.admission:
-            self.admission.learn(known, [len(job.tree) for job in jobs], [job.tree.path(v.row) for job, v in zip(jobs, verdicts, strict=True)])
-            self.admission.plan(known, len(known), context, self.runner.sizes.max_rows - len(known))
+        drafted = [(job, v) for job, v in zip(jobs, verdicts, strict=True) if job.sequence not in self._texts]  # those are decoded alone to their end
+        if self.runner.sizes.admission and drafted:
+            known = [v.sequence.acceptance for _, v in drafted]
+            self.admission.learn(known, [len(job.tree) for job, _ in drafted], [job.tree.path(v.row) for job, v in drafted])
+            self.admission.plan(known, len(jobs), context, self.runner.sizes.max_rows - len(jobs))
 
     def _tree(self, s: Sequence, grant: Grant) -> TokenTree:
         """What of the offered tree is verified: the granted nodes, up to the first that lies too deep to be accepted or to have a page. Nobody is

@@ -80,7 +80,7 @@ class Server:
                 f"{listen} can be reached from other machines, and traffic is not encrypted: give --keys, listen on 127.0.0.1, or pass --insecure"
             )
         self._sessions = Sessions(engine, model, quota=self._quota)
-        self._engine, self._pipeline = engine, Pipeline(engine.cost) if pipeline else None
+        self._engine, self.pipeline = engine, Pipeline(engine.cost) if pipeline else None
         self._inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
         self._outbox: deque[Reply] = deque()
         self._started: queue.SimpleQueue[UseError | None] = queue.SimpleQueue()  # whether the engine could be had
@@ -222,10 +222,10 @@ class Server:
     def _pace(self) -> tuple[float, int]:
         """Seconds to wait before the next step, if nothing comes meanwhile, and how many sequences it is for."""
         now = time.monotonic()
-        turns = self._engine.turns(now) if self._pipeline else None
-        if not turns or not self._pipeline:
+        turns = self._engine.turns(now) if self.pipeline else None
+        if not turns or not self.pipeline:
             return 0.0, ALL
-        when, most = self._pipeline.decide(turns, now)
+        when, most = self.pipeline.decide(turns, now)
         return min(when - now, IDLE), most
 
     def _step(self, most: int) -> list[Reply]:

@@ -23,6 +23,9 @@ class Known(CostModel):
         self._base, self._slope, self._knee, self._read = of
         self._fitted = True
 
+    def observe(self, rows: int, context: int, seconds: float) -> None:
+        """It has nothing to learn."""
+
 
 def rate(curves: list[NDArray[np.float64]], counts: tuple[int, ...], rows: int, answers: int, context: int, cost: CostModel, away: float) -> float:
     tokens = answers + sum(float(c[:n].sum()) for c, n in zip(curves, counts, strict=True))

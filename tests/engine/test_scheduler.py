@@ -7,6 +7,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specedge.engine.cost import CostModel
 from specedge.engine.scheduler import CHUNK_BESIDE_TREES, LEAST, Grant, Want, chunk, schedule, turns
 from tests.engine.test_admission import Known
 from tests.engine.test_cost import CPU, GPU, Law
@@ -105,6 +106,12 @@ def test_a_prompt_alone_takes_whole_steps() -> None:
     assert schedule([Want(5000, False)], 512, cost=Known(CPU)) == [Grant(0, 512, False)]
     grants = schedule([Want(5000, False), Want(1, True, 7)], 512, cost=Known(CPU))
     assert grants == [Grant(1, 1, True, 7), Grant(0, chunk(8, 1, 1, Known(CPU)), False)]
+
+
+def test_prompts_alone_leave_room_for_rounds_that_are_expected() -> None:
+    (grant,) = schedule([Want(5000, False)], 512, cost=Known(CPU), expected=True)
+    assert 3 < Known(CPU).predict(grant.rows, 0) / CPU[0] <= 4
+    assert schedule([Want(5000, False)], 512, cost=CostModel(), expected=True) == [Grant(0, 512, False)], "nothing is known yet"
 
 
 @given(WANTS)
