@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from specedge.config import MAX_ROWS_PER_TREE, EngineConfig, SamplingParams, is_batch
+from specedge.config import EngineConfig, SamplingParams, is_batch
 from specedge.engine.admission import Admission
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.cost import CostModel
@@ -25,7 +25,7 @@ from specedge.engine.pipeline import Turn
 from specedge.engine.request import Account, Output, Sequence, Verdict, walk
 from specedge.engine.runner import Runner
 from specedge.engine.sampler import Ask, Sampler
-from specedge.engine.scheduler import ALL, CHUNK_BESIDE_TREES, Grant, Want, schedule, turns
+from specedge.engine.scheduler import ALL, CHUNK_BESIDE_TREES, LEAST, Grant, Want, schedule, turns
 from specedge.engine.texts import Guard, RequestError, Text, TextEngine, alone
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree
@@ -256,10 +256,10 @@ class Engine(TextEngine):
     def _wants(self, running: list[Sequence], most: int) -> list[Want]:
         """What each wants of the next step: of its tree, the nodes that are worth their rows beside those of the others whose turn it is."""
         wants = [Want(s.pending, s.wants_token, len(s.tree) if s.tree is not None else 0, s.account, s.batch) for s in running]
-        ready = [i for i in turns(wants, self._credit) if wants[i].token and wants[i].chain <= MAX_ROWS_PER_TREE]
+        ready = [i for i in turns(wants, self._credit) if wants[i].token and wants[i].chain <= LEAST]  # else it is a prompt
         ready = [i for i in ready if not wants[i].batch][:most] or ready
         if self.runner.sizes.admission and any(wants[i].nodes for i in ready):
-            rows, prompts = sum(wants[i].chain for i in ready), sum(w.chain - 1 for w in wants if not w.token or w.chain > MAX_ROWS_PER_TREE)
+            rows, prompts = sum(wants[i].chain for i in ready), sum(w.chain - 1 for w in wants if not w.token or w.chain > LEAST)
             chosen = self.admission.choose(
                 [running[i].acceptance for i in ready], [wants[i].nodes for i in ready], rows, len(ready),
                 sum(running[i].computed for i in ready), self.runner.sizes.max_rows - rows - min(prompts, CHUNK_BESIDE_TREES),

@@ -14,7 +14,7 @@ from specedge.config import MAX_ROWS_PER_TREE
 from specedge.engine.cost import CostModel
 
 CHUNK_BESIDE_TREES = 64  # prompt rows in a step that also verifies, as long as the time of a step is not known
-MAX_CHUNK = ALL = 1 << 20
+ALL = 1 << 20  # more rows, or sequences, than there are
 STALL = 4  # empty steps that a step of prompts alone may take while rounds of others are expected
 LEAST = 16  # such rows at least, however many are verified: no prompt starves
 
@@ -103,29 +103,41 @@ def _settle(wants: Sequence[Want], grants: list[Grant], max_rows: int, credit: d
 def chunk(rows: int, answers: int, prompts: int, cost: CostModel | None) -> int:
     """Prompt rows beside `rows` rows that answer `answers` sequences, while `prompts` prompts wait. They fill what is free under the knee; beyond it
     a prompt gets the time that each of the others has, and all prompts together no more than all others, so that a step takes at most twice its time;
-    but `LEAST` rows in any case. A prompt alone takes whole steps."""
+    but `LEAST` rows in any case."""
     if cost is None or not cost.confident:
         return CHUNK_BESIDE_TREES
     time = min(1.0, prompts / answers) * cost.predict(rows, 0)
-    slope = cost.slope(max(rows, cost.knee))
-    beyond = int(min(time / slope, MAX_CHUNK)) if slope > 0 else MAX_CHUNK
-    return max(LEAST, max(0, cost.knee - rows) + beyond)
+    return max(LEAST, max(0, cost.knee - rows) + _rows_within(time, max(rows, cost.knee), cost))
+
+
+def chunk_alone(expected: bool, cost: CostModel | None) -> int:
+    """Prompt rows of a step without answers: a whole step, but for `expected`."""
+    if not expected or cost is None or not cost.confident:
+        return ALL
+    return cost.knee + _rows_within((STALL - 1) * cost.predict(1, 0), cost.knee, cost)
+
+
+def _rows_within(time: float, rows: int, cost: CostModel) -> int:
+    """How many more than `rows` rows take `time` seconds more."""
+    slope = cost.slope(rows)
+    return int(min(time / slope, ALL)) if slope > 0 else ALL
 
 
 def _divide(wants: Sequence[Want], order: list[int], max_rows: int, cost: CostModel | None, most: int, expected: bool) -> list[Grant]:
     grants: list[Grant] = []
     free = max_rows
     answers = {i: _answer(i, wants[i], max_rows) for i in order}
+    rooted = [g.rows for g in answers.values() if g is not None and g.chain == 1][:most]  # of those who have computed all but their roots
+    longest = chunk(sum(rooted), len(rooted), 1, cost) if rooted else chunk_alone(expected, cost)
+    answers = {i: g if g is not None and g.chain - 1 <= longest else None for i, g in answers.items()}  # the others are prompts
     owed = min(CHUNK_BESIDE_TREES, sum(wants[i].chain - 1 for i, answer in answers.items() if answer is None))
     for grant in answers.values():
         if grant is not None and len(grants) < most and grant.rows <= free - (owed if grants else 0):  # the rounds of many must not starve a prompt
             grants.append(grant)
             free -= grant.rows
     prompts = [i for i in order if answers[i] is None and wants[i].chain > 1]
-    if grants and prompts:
-        free = min(free, chunk(max_rows - free, len(grants), len(prompts), cost))
-    elif prompts and expected and cost is not None and cost.confident and (slope := cost.slope(cost.knee)) > 0:
-        free = min(free, cost.knee + int(min((STALL - 1) * cost.predict(1, 0) / slope, MAX_CHUNK)))
+    if prompts:
+        free = min(free, chunk(max_rows - free, len(grants), len(prompts), cost) if grants else chunk_alone(expected, cost))
     for i in prompts:
         chain = min(wants[i].chain - 1, free)  # the root stays behind: its row makes the token
         if chain > 0:

@@ -114,6 +114,17 @@ def test_prompts_alone_leave_room_for_rounds_that_are_expected() -> None:
     assert schedule([Want(5000, False)], 512, cost=CostModel(), expected=True) == [Grant(0, 512, False)], "nothing is known yet"
 
 
+def test_a_short_prompt_does_not_stall_the_rounds_of_others() -> None:
+    """It would fit a step with its tree, but on a CPU that step would take six times as long."""
+    cost = Known(CPU)
+    joins, round_ = Want(150, True, 31), Want(1, True, 15)
+    grants = schedule([joins, round_], 512, cost=cost)
+    assert grants == [Grant(1, 1, True, 15), Grant(0, chunk(16, 1, 1, cost), False)]
+    assert schedule([joins], 512, cost=cost) == [Grant(0, 150, True, 31)]
+    assert schedule([joins], 512, cost=cost, expected=True)[0].chain < 50
+    assert schedule([replace(joins, chain=20), round_], 512, cost=Known(GPU))[0] == Grant(0, 20, True, 31)
+
+
 @given(WANTS)
 def test_one_account_is_served_in_order_of_waiting(wants: list[Want]) -> None:
     assert turns(wants, {}) == list(range(len(wants)))
