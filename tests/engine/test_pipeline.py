@@ -75,8 +75,9 @@ CELLS = list(itertools.product((FREE, COSTLY, BOTH), (2, 4, 8), (0.005, 0.015, 0
 def test_the_rule_is_as_good_as_the_better_of_both(of: Law, sessions: int) -> None:
     better = 0
     for gap, spread in itertools.product((0.005, 0.015, 0.03, 0.06, 0.15), (0.0, 0.1)):
-        ours, at, all_ = (simulate(d, of, [gap] * sessions, spread, 10.0)[0] for d in (of_rule(of), at_once, full_batch))
+        (ours, longest), (at, _), (all_, _) = (simulate(d, of, [gap] * sessions, spread, 10.0) for d in (of_rule(of), at_once, full_batch))
         assert ours >= 0.97 * max(at, all_), (gap, spread, ours, at, all_)
+        assert longest <= min(HARD, Known(of).predict(ROWS * sessions, 0)) + 2 * sessions * Known(of).predict(ROWS, 0), "all steps before its own"
         better += ours > 1.05 * max(at, all_)
     assert better >= (4 if of == BOTH and sessions > 2 else 0), "groups that take turns beat both"
 

@@ -693,7 +693,7 @@ def test_a_slow_server_is_asked_again(server: Server, oracle: Engine, hasty: Non
     """Steps that take longer than RESEND: every round comes many times, each is answered once, the stream stays whole."""
     step = server._engine.step
 
-    def slow() -> object:
+    def slow(most: int) -> object:
         time.sleep(0.12)
         return step()
 

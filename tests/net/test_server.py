@@ -383,7 +383,7 @@ def test_a_fault_in_a_step(oracle: Engine, server: Server, monkeypatch: pytest.M
     """Every session is told so; the server lives on, and so do its connections."""
     step = server._engine.step
 
-    def fails() -> list[object]:
+    def fails(most: int) -> list[object]:
         monkeypatch.setattr(server._engine, "step", step)
         raise RuntimeError("out of memory")
 
@@ -459,7 +459,7 @@ def test_stop_during_a_step(model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     server = Server(engine(model))
     step, inside, go_on = server._engine.step, threading.Event(), threading.Event()
 
-    def slow() -> list[request.Verdict]:
+    def slow(most: int) -> list[request.Verdict]:
         found = step()
         if found:
             inside.set()
