@@ -25,9 +25,10 @@ import numpy as np
 from specedge.engine.cost import CostModel
 
 HARD = 0.5  # seconds that a tree may be kept waiting for others
-EVERY = 32  # decisions after which another rule may be chosen; at once, and after 4, 8, ..., when sessions come or go
+EVERY = 32  # decisions after which another rule may be chosen; at once, and after 4, 8, 16, when more than 1 in `CROWD` sessions came or went
+CROWD = 8
 ROUNDS, WARM = 16, 5  # rounds of every session that are played, and how many of them come before it counts
-PLAYED = 384  # rounds of all sessions together at most, which takes 1 ms
+PLAYED = 384  # rounds of all sessions together at most: to choose takes 0.2 ms for 2 sessions, 1.3 for 8, 5 for 64
 MARGIN = 0.01  # by which a rule must beat the one in force
 LATE = 4.0  # spreads, and a quarter of a step, after which an expected tree is waited for no more
 WEIGHT = 0.2  # of the latest in running means
@@ -90,8 +91,9 @@ class Pipeline:
         """When to step, `now` at the earliest, if nothing else happens, and how many trees to take then. `turns`: everybody who is ready or
         expected."""
         self._left -= 1
-        if len(turns) != self._sessions or self._left <= 0:
-            self._every = EVERY // 8 if len(turns) != self._sessions else min(2 * self._every, EVERY)
+        changed = CROWD * abs(len(turns) - self._sessions) > self._sessions
+        if changed or self._left <= 0:
+            self._every = EVERY // CROWD if changed else min(2 * self._every, EVERY)
             self._sessions, self._left = len(turns), self._every
             self.rule = self._choose(turns, now)
         missing = min(self.rule.need, len(turns)) - sum(t.ready for t in turns)
