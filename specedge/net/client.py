@@ -20,8 +20,8 @@ from specedge.net.auth import CURVE_EXTRA, AuthError, load, public_key
 
 
 class ServerError(SpecedgeError):
-    """A server that cannot be reached, does not answer, or refuses. `code` says what it refuses: a word of the protocol, or "protocol" itself;
-    without one the same may go well the next time."""
+    """A server that cannot be reached, does not answer, or refuses. `code` says what it refuses: a word of the protocol, "protocol" itself, "address"
+    for one that does not fit the server, or "server key" where its key looks like another one; without a code the same may go well the next time."""
 
     def __init__(self, text: str, code: str = "") -> None:
         super().__init__(text)
@@ -70,7 +70,7 @@ class Connection:
         host, port, server_key = endpoint(address)
         self.address, self._tokenizer = address.partition("/?")[0], tokenizer
         if server_key and key is None:
-            raise ServerError(f"{self.address} serves known keys only: make one with `specedge-edge keygen`, and have it authorised there")
+            raise ServerError(f"{self.address} serves known keys only: make one with `specedge-edge keygen`, and have it authorised there", "key")
         own = load(Path(key)) if server_key and key is not None else None
         try:  # a plain connection first: ZeroMQ retries in silence where there is nothing to connect to
             found = mechanism(host, port, timeout)
@@ -80,9 +80,11 @@ class Connection:
         if found not in (b"NULL", b"CURVE"):
             raise self._strange
         if found == b"CURVE" and not own:
-            raise ServerError(f"{self.address} takes encrypted connections only: use the whole address, with /?key=..., that the server printed")
+            text = f"{self.address} takes encrypted connections only: use the whole address, with /?key=..., that the server printed"
+            raise ServerError(text, "address")
         if found == b"NULL" and own:
-            raise ServerError(f"{self.address} does not encrypt, but the address names its key: check who listens there, or leave out /?key=...")
+            text = f"{self.address} does not encrypt, but the address names its key: check who listens there, or leave out /?key=..."
+            raise ServerError(text, "address")
         most = wire.SIZES[-1] + (CURVE_EXTRA if own else 0)
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
@@ -131,7 +133,8 @@ class Connection:
                 raise ServerError(f"the server at {self.address} does not know this key: have its operator authorise {key}", "key")
             broken += event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
             if broken == 2 and key:  # once may have been the network
-                raise ServerError(f"the server at {self.address} has another key than the address says: copy the address that it printed again")
+                text = f"the server at {self.address} has another key than the address says: copy the address that it printed again"
+                raise ServerError(text, "server key")
         raise self._strange
 
     def _welcomed(self, timeout: float) -> wire.Welcome:

@@ -79,6 +79,7 @@ class Edge:
         self._knock, self._door = socket.socketpair()  # wakes the worker's poll
         self._knock.setblocking(False)
         self._texts: dict[bytes, Text] = {}
+        self._moved = 0.0  # when a text last got on
         self._closing = False
         self._failure: SpecedgeError | None = None  # why the worker ended, unless it was told to
         started: queue.SimpleQueue[wire.Welcome | BaseException] = queue.SimpleQueue()
@@ -280,7 +281,7 @@ class Edge:
         """Say what is due, and give up on a text that has not moved for too long."""
         now = time.monotonic()
         try:
-            text.rounds.check_patience(now, self._link.why)
+            text.rounds.check_patience(now, self._link.why, self._moved)
         except ServerError as e:
             self._give_up(text, e)
             return
@@ -314,6 +315,7 @@ class Edge:
 
     def _advance(self, text: Text, step: Step) -> None:
         """Take what a verdict brought."""
+        self._moved = time.monotonic()
         s = text.output.speculation
         s = replace(s, rounds=s.rounds + 1, drafted=s.drafted + len(step.tree), accepted=s.accepted + len(step.path))
         if text.session is not None and self._drafter is not None and not step.finish:

@@ -16,6 +16,7 @@ from specedge.net import wire
 from specedge.net.client import Connection, ServerError
 
 BACKOFF, LONGEST = 0.1, 10.0  # seconds: the longest wait before the first attempt, and before any
+DOUBTS = 3  # attempts in a row after which a server is believed to have another key: a network that breaks handshakes looks the same
 SILENCE = 15.0  # seconds without an answer after which a connection is not believed any more
 UNANSWERED = (wire.Cancel, wire.Close, wire.Lease)
 
@@ -31,6 +32,7 @@ class Link:
         self._found: queue.SimpleQueue[Connection | ServerError] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._failures = 0  # since a server last was of use
+        self._doubts = 0  # attempts in a row that looked like another key
         self._waiting: float | None = None  # since when an answer is
         self.why = ""  # there is no connection
         refusals: list[ServerError] = []
@@ -129,7 +131,8 @@ class Link:
     def _strike(self, why: ServerError, elsewhere: bool) -> None:
         """Note a failure of the first server: forget it if it refuses, or put it last."""
         self.why = str(why)
-        if why.code:
+        self._doubts = self._doubts + 1 if why.code == "server key" else 0
+        if why.code and not 0 < self._doubts < DOUBTS:
             self._servers.pop(0)
             if not self._servers:
                 self._found.put(why)

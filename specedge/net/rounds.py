@@ -18,6 +18,7 @@ from specedge.tree import EMPTY, TokenTree
 
 RESEND = 3.0  # seconds without an answer after which the same is said again; servers answer a repeat as they did before
 PATIENCE = 60.0  # seconds without movement after which a text is given up
+PLACE = 600.0  # seconds that a text waits for a place where the server is full, from the moment on when a text of this edge last moved
 REBUILDS = 5  # of a session without a new token in between, after which its server is believed
 WHILE_DRAINING = 1.0  # seconds after which a server that is going down may be another one
 REBUILD = ("session", "offset", "round", "base", "internal")  # codes that a session opened anew is the answer to
@@ -57,6 +58,7 @@ class Rounds:
     _server: str = ""  # where it was opened last
     _at: float = 0.0  # when to speak next
     _rebuilds: int = 0
+    _full: float = -PLACE  # when the server last said that it was
 
     @property
     def limit(self) -> int:
@@ -97,13 +99,16 @@ class Rounds:
             self._at = now + lease / 3
         return messages
 
-    def check_patience(self, now: float, why: str) -> None:
-        """Raise ServerError if nothing has moved for too long; `why`: what is known of the connection, "" if it stands."""
-        if now - self.heard <= PATIENCE or (self._open and self.sent is None and not why):  # or it is the edge itself that takes its time
+    def check_patience(self, now: float, why: str, moved: float) -> None:
+        """Raise ServerError if nothing has moved for too long; `why`: what is known of the connection, "" if it stands; `moved`: when any text of
+        this edge last has. Who is told BUSY is in a queue and not forgotten: it waits longer, and as long as others of this edge get on."""
+        queued = now - self._full <= PATIENCE
+        patience, since = (PLACE, max(self.heard, moved)) if queued else (PATIENCE, self.heard)
+        if now - since <= patience or (self._open and self.sent is None and not why):  # or it is the edge itself that takes its time
             return
         if reason := why or self.why:
-            raise ServerError(f"given up after {PATIENCE:.0f} s: {reason}")
-        raise ServerError(f"{self._server} has not answered for {PATIENCE:.0f} s: check the network and the server")
+            raise ServerError(f"given up after {patience:.0f} s: {reason}")
+        raise ServerError(f"{self._server} has not answered for {patience:.0f} s: check the network and the server")
 
     def take(self, m: wire.Message, now: float) -> Step | None:
         """Believe a message, as far as it fits. Raises ServerError when the text cannot go on."""
@@ -120,7 +125,7 @@ class Rounds:
             case wire.NeedPrefill() | wire.Gone() if self._asked:
                 self._asked, self._open, self._at = False, False, now
             case wire.Busy() if m.round in (0, self.round):
-                self.why = m.text
+                self.why, self._full = m.text, now
                 self._open = self._open and m.round > 0
                 self._at = now + m.retry_ms / 1000 * random.uniform(1, 2)
             case wire.Error() if m.round in (0, self.round):

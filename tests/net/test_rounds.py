@@ -19,7 +19,7 @@ from specedge.engine.engine import Engine
 from specedge.net import rounds as rounds_module
 from specedge.net.client import ServerError
 from specedge.net.quota import Quota
-from specedge.net.rounds import PATIENCE, REBUILDS, RESEND, Rounds
+from specedge.net.rounds import PATIENCE, PLACE, REBUILDS, RESEND, Rounds
 from specedge.net.sessions import Peer, Sessions
 from specedge.net.wire import (
     Busy,
@@ -189,22 +189,32 @@ def test_what_a_repeat_cannot_help_ends_the_text(opened: Rounds, code: str) -> N
 def test_a_slow_draft_keeps_its_lease(opened: Rounds) -> None:
     opened.take(verdict(opened), 1.0)
     assert kinds(opened, 4.0) == [Lease] and opened.next == 4.0 + LEASE / 3
-    opened.check_patience(1000.0, "")
+    opened.check_patience(1000.0, "", 0.0)
     opened.offer(EMPTY, False, 1000.0)
     assert kinds(opened, 1000.0) == [Draft]
 
 
 def test_patience(opened: Rounds) -> None:
-    opened.check_patience(PATIENCE, "")
+    opened.check_patience(PATIENCE, "", 0.0)
     with pytest.raises(ServerError, match="^a has not answered for 60 s: check the network and the server$"):
-        opened.check_patience(PATIENCE + 1, "")
-    opened.take(Busy(opened.id, 1, "too many people here"), 50.0)
-    with pytest.raises(ServerError, match="^given up after 60 s: too many people here$"):
-        opened.check_patience(PATIENCE + 1, "")
+        opened.check_patience(PATIENCE + 1, "", PATIENCE)
     with pytest.raises(ServerError, match="^given up after 60 s: no connection$"):
-        opened.check_patience(PATIENCE + 1, "no connection")
+        opened.check_patience(PATIENCE + 1, "no connection", PATIENCE)
     opened.take(Opened(opened.id, 3), 50.0)
-    opened.check_patience(PATIENCE + 1, "")
+    opened.check_patience(PATIENCE + 1, "", 0.0)
+
+
+def test_who_waits_for_a_place_waits_longer(opened: Rounds) -> None:
+    """While the server says so, and from the moment on when a text of the same edge last moved; who is told nothing any more waits as ever."""
+    told = 0.0
+    while told < PLACE:
+        opened.take(Busy(opened.id, 1000, "too many people here"), told := told + 10)
+        opened.check_patience(told, "", 0.0)
+    opened.check_patience(PLACE + 1, "", 5.0)
+    with pytest.raises(ServerError, match="^given up after 600 s: too many people here$"):
+        opened.check_patience(PLACE + 1, "", 0.5)
+    with pytest.raises(ServerError, match="^given up after 60 s: too many people here$"):
+        opened.check_patience(told + PATIENCE + 1, "", told)
 
 
 def test_a_server_that_goes_down_is_asked_again_later(opened: Rounds) -> None:
