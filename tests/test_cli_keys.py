@@ -28,10 +28,12 @@ def home(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path: 
 
 
 def test_authorize_and_revoke(run: Runner, home: Path) -> None:  # noqa: F811
-    limits = ("--sessions", 2, "--kv-tokens", 4096, "--expires", "2199-01-01")
+    names = ("sessions", "kv-tokens", "rows-per-s", "prompt-tokens-per-s", "in-flight", "connections")
+    limits = (*(word for n, name in enumerate(names, 2) for word in (f"--{name}", n)), "--expires", "2199-01-01")
     done = run("server", "authorize", home, A, "--name", "laptop", *limits)
     assert (done.status, done.out, done.err) == (0, "", "specedge-server: laptop is authorised, also at a server that runs\n")
-    assert f"{A} name=laptop sessions=2 kv_tokens=4096 expires=2199-01-01T00:00:00+00:00\n" in (home / LIST).read_text()
+    line = f"{A} name=laptop sessions=2 kv_tokens=3 rows_per_s=4 prompt_tokens_per_s=5 in_flight=6 connections=7 expires=2199-01-01T00:00:00+00:00\n"
+    assert line in (home / LIST).read_text()
     done = run("server", "revoke", home, "laptop")
     assert (done.status, done.out, done.err) == (0, "", "specedge-server: laptop is revoked, also at a server that runs\n")
     assert A not in (home / LIST).read_text()

@@ -29,9 +29,10 @@ log = logging.getLogger(__name__)
 SECRET, LIST = "server.secret", "authorized_keys"  # in the directory of a server
 MARK = "secret:"  # so that a secret key is never taken for a public one
 HEADER = """\
-# Keys that may use this server, one a line: PUBLIC_KEY name=NAME [sessions=N] [kv_tokens=N] [expires=DATE]
+# Keys that may use this server, one a line: PUBLIC_KEY name=NAME [expires=DATE], and limits such as sessions=N (specedge-server authorize --help)
 # A running server re-reads this file; a line that it cannot read admits nobody.
 """
+LIMITS = ("sessions", "kv_tokens", "rows_per_s", "prompt_tokens_per_s", "in_flight", "connections")  # fields of a Grant and of a Quota
 READERS_BUT_OWNER, WRITERS_BUT_OWNER = 0o077, 0o022  # permission bits
 CURVE_EXTRA = 33  # bytes that encryption adds to a frame; they count for MAXMSGSIZE (measured)
 TURN = 100  # milliseconds between two looks at the list
@@ -125,13 +126,17 @@ class Grant:
     name: str
     sessions: int | None = None
     kv_tokens: int | None = None
+    rows_per_s: int | None = None
+    prompt_tokens_per_s: int | None = None
+    in_flight: int | None = None
+    connections: int | None = None
     expires: datetime | None = None
 
     def valid(self, now: datetime) -> bool:
         return self.expires is None or now < self.expires
 
     def __str__(self) -> str:
-        limits = "".join(f" {n}={v}" for n in ("sessions", "kv_tokens") if (v := getattr(self, n)) is not None)
+        limits = "".join(f" {n}={v}" for n in LIMITS if (v := getattr(self, n)) is not None)
         return f"{self.key} name={self.name}{limits}" + (f" expires={self.expires.isoformat()}" if self.expires else "")
 
 
@@ -155,7 +160,7 @@ def _date(text: str) -> datetime:
         raise AuthError(f"{text[:80]!r} is no date such as 2030-12-31 or 2030-12-31T18:00+01:00") from None
 
 
-FIELDS: Mapping[str, Callable[[str], Any]] = {"name": _name, "sessions": _count, "kv_tokens": _count, "expires": _date}
+FIELDS: Mapping[str, Callable[[str], Any]] = {"name": _name, **dict.fromkeys(LIMITS, _count), "expires": _date}
 
 
 def grant(words: list[str]) -> Grant:

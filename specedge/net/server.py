@@ -24,7 +24,8 @@ from specedge.engine.pipeline import Pipeline
 from specedge.engine.scheduler import ALL
 from specedge.engine.texts import UseError
 from specedge.net import wire
-from specedge.net.auth import CURVE_EXTRA, Authenticator
+from specedge.net.auth import CURVE_EXTRA, LIMITS, Authenticator
+from specedge.net.doorman import Doorman
 from specedge.net.quota import Quota
 from specedge.net.sessions import Peer, Reply, Sessions
 
@@ -105,6 +106,7 @@ class Server:
             (zmq.IPV6, "[" in listen),
         ):  # fmt: skip
             self._router.setsockopt(option, value)
+        self._doorman = Doorman(self._router)
         try:
             self._router.bind(listen)
         except zmq.ZMQError as e:
@@ -165,7 +167,7 @@ class Server:
     def _quota(self, user: str) -> Quota:
         """What the list of keys allows a user by now."""
         grant = self._authenticator.users.get(user) if self._authenticator else None
-        return Quota(sessions=grant.sessions or Quota().sessions, kv_tokens=grant.kv_tokens or 0) if grant else Quota()
+        return Quota(**{name: most for name in LIMITS if (most := getattr(grant, name, None)) is not None})
 
     def _engine_loop(self) -> None:
         try:
@@ -247,6 +249,7 @@ class Server:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(wake, zmq.POLLIN)
+        poller.register(self._doorman.socket, zmq.POLLIN)
         seen = self._authenticator.users if self._authenticator else {}
         while not self._silent.is_set() and (self._authenticator is None or self._authenticator.alive):  # whoever watches `alive` ends the rest
             if self._authenticator and self._authenticator.users is not seen:
@@ -255,6 +258,9 @@ class Server:
             # an engine that is behind leaves the rest to ZeroMQ, whose queues are bounded too
             poller.modify(self._router, zmq.POLLIN if self._inbox.qsize() < INBOX else 0)
             ready = dict(poller.poll(100))
+            if self._doorman.socket in ready:
+                self._doorman.look()
+            self._doorman.watch(time.monotonic())
             if wake in ready:
                 wake.recv()
             while self._outbox:
@@ -264,9 +270,12 @@ class Server:
         while self._outbox:
             self._send(*self._outbox.popleft())
         wake.close(linger=0)
+        self._doorman.close()
         self._router.close()
 
     def _send(self, peer: Peer, message: wire.Message) -> None:
+        if isinstance(message, wire.Welcome):
+            self._doorman.welcomed(peer.route)
         try:
             self._router.send_multipart([peer.route, wire.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError:  # gone, or it does not read: its sessions lapse, nobody waits for it
@@ -278,6 +287,8 @@ class Server:
                 route, *body = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            with contextlib.suppress(zmq.ZMQError):  # of protocols before ZMTP 3, where a message does not know its connection
+                self._doorman.heard(body[-1].get(zmq.SRCFD), route.bytes)
             peer = Peer(route.bytes, str(body[0].get("User-Id")) if self._authenticator else "")
             if self._authenticator and peer.user not in self._authenticator.users:
                 continue  # a key that was revoked; ROUTER cannot close its connection

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specedge.net import auth
-from specedge.net.auth import AuthError, Grant, authorize, generate, grant, load, parse, public_key, revoke
+from specedge.net.auth import LIMITS, AuthError, Grant, authorize, generate, grant, load, parse, public_key, revoke
 
 A, B = "a" * 64, "0123456789abcdef" * 4
 PAST, FUTURE = datetime(2020, 1, 1, tzinfo=UTC), datetime(2199, 1, 1, tzinfo=UTC)
@@ -105,7 +105,7 @@ names = st.from_regex(r"\A[A-Za-z0-9._@-]{1,48}\Z")
 keys = st.binary(min_size=32, max_size=32).map(bytes.hex)
 counts = st.none() | st.integers(1, 999_999_999)
 dates = st.none() | st.datetimes(timezones=st.just(UTC))
-grants = st.builds(Grant, keys, names, counts, counts, dates)
+grants = st.builds(Grant, keys, names, *[counts] * len(LIMITS), dates)
 
 
 @given(grants)
@@ -151,7 +151,7 @@ def test_lines_do_not_hurt_each_other(all_of_them: list[Grant], noise: str) -> N
         (f"{A} name=x expires=soon", "'soon' is no date such as 2030-12-31"),
         (f"{A} name=x expires=2030-02-30", "'2030-02-30' is no date"),
         (f"{A} name=x expires=0001-01-01T00:00+14:00", "is no date"),
-        (f"{A} name=x admin=1", "'admin=1' is not one each of name=, sessions=, kv_tokens=, expires="),
+        (f"{A} name=x admin=1", "'admin=1' is not one each of name=, sessions=, kv_tokens=, rows_per_s=, "),
         (f"{A} name=x name=y", "'name=y' is not one each of"),
         (f"{A} name=x sessions", "'' is no number"),
         (f"{auth.MARK}{A} name=x", "this is a secret key, which nobody else may see"),
@@ -180,7 +180,7 @@ def test_a_date_is_the_moment_it_begins() -> None:
 def test_authorize_and_revoke(home: Path) -> None:
     """By key or by name; a key that is there already gets what is said now; other lines stay, comments and broken ones too."""
     authorize(home, A, name="laptop", sessions="4", kv_tokens="4096", expires="2199-01-01")
-    assert known(home) == {A: Grant(A, "laptop", 4, 4096, FUTURE)}
+    assert known(home) == {A: Grant(A, "laptop", 4, 4096, expires=FUTURE)}
     path = home / auth.LIST
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     path.write_text(f"# mine\n\n{path.read_text()}# the end: \u00fc\nbroken")

@@ -15,16 +15,17 @@ from typing import Self
 import pytest
 import zmq
 
+from bench.proxy import Proxy
 from specedge.config import DraftConfig, SamplingParams
 from specedge.engine.engine import Engine
 from specedge.net import auth, wire
 from specedge.net.auth import Authenticator, AuthError, authorize, generate, load, revoke
 from specedge.net.client import Connection, ServerError
 from specedge.net.edge import Edge
+from specedge.net.quota import Quota
 from specedge.net.server import Server
 from specedge.net.wire import Draft, Error, Hello, Verdict, Welcome
 from tests.helpers import check_empty, drafter, engine, random_model
-from tests.net.proxy import Proxy
 from tests.net.test_auth import FUTURE
 from tests.net.test_server import CONTEXT, GREEDY, PATIENCE, PROMPT, VOCAB, Raw, X, background, threads, until
 
@@ -156,6 +157,28 @@ def test_an_edge_without_a_key(server: Server, home: Path) -> None:
         Edge(server.address, key=home / "ann")
 
 
+@pytest.mark.parametrize("change", ["the server's key", "no keys", "another key file"])
+def test_a_wrong_key_met_on_the_way_back_is_said_at_once(
+    model: Path, server: Server, home: Path, tmp_path_factory: pytest.TempPathFactory, change: str
+) -> None:  # fmt: skip
+    """No retries until patience ends, where none can help."""
+    other = tmp_path_factory.mktemp("other")
+    generate(other / auth.SECRET)
+    if change == "another key file":
+        (other / auth.SECRET).write_bytes((home / auth.SECRET).read_bytes())
+    sentence = {"the server's key": "has another key than", "no keys": "does not encrypt", "another key file": "does not know this key"}[change]
+    with Proxy(server.endpoint) as proxy, Server(engine(model), keys=None if change == "no keys" else other) as second:
+        with Edge(f"{proxy.address}/?{server.address.partition('/?')[2]}", key=home / "ann") as edge:
+            stream = edge.stream(PROMPT, LONG)
+            next(stream)
+            proxy.retarget(second.endpoint)
+            proxy.drop()
+            with pytest.raises(ServerError, match=sentence) as e:
+                list(stream)
+            assert e.value.code
+        server._sessions._ends = 0.0  # its session lapses with the lease only
+
+
 def test_nobody_listens(home: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
@@ -268,6 +291,17 @@ def test_limits_of_a_key(oracle: Engine, server: Server, home: Path) -> None:
         authorize(home, eve, name="eve")
         until(lambda: server._authenticator and server._authenticator.users[eve].kv_tokens is None, "the new limits")
         assert edge.generate([PROMPT], SamplingParams(max_tokens=13))[0].token_ids[:12] == want
+
+
+def test_every_limit_reaches_the_table(server: Server, home: Path) -> None:
+    """What is said of a key in the list is its quota from its next greeting on; what is not said is as for anybody."""
+    said = dict(zip(auth.LIMITS, range(1, 7), strict=True))
+    for limits in (said, {}):
+        authorize(home, public := load(home / "ann").public, name="ann", **{name: str(n) for name, n in limits.items()})
+        until(lambda: server._quota(public) == Quota(**limits), "the new list")  # noqa: B023
+        with Keyed(server, home / "ann") as raw:
+            assert server._sessions._usage[public].quota == Quota(**limits)
+            assert raw.silent()
 
 
 @pytest.mark.parametrize("drafting", [False, True])

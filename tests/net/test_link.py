@@ -1,6 +1,7 @@
 """An edge on a bad network, with real sockets: connections break, servers are restarted, go down or are full, and the ids stay those of the target.
 
-A TCP proxy (proxy.py) stands where the network does. Nothing here sleeps for luck: a fault is put where it hurts by looking at how far the text is.
+A TCP proxy (bench/proxy.py) stands where the network does. Nothing here sleeps for luck: a fault is put where
+it hurts by looking at how far the text is.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.proxy import Proxy
 from specedge.config import DraftConfig, EngineConfig, SamplingParams
 from specedge.engine.drafter import Drafter
 from specedge.net import link as link_module
@@ -25,7 +27,6 @@ from specedge.net.server import Server
 from specedge.net.wire import GoAway, Open, Resume
 from specedge.text import Tokenizer
 from tests.helpers import byte_tokenizer, check_empty, drafter, engine, random_model
-from tests.net.proxy import Proxy
 from tests.net.test_edge import WELCOME, Fake, honest, silent, truth
 from tests.net.test_server import PATIENCE, background, until
 

@@ -1,7 +1,7 @@
-"""A bad network: a TCP proxy between an edge and a server that drops, delays and swallows.
+"""A bad network: a TCP proxy between an edge and a server that drops, delays and swallows, and counts and changes what passes.
 
 Two threads a connection copy bytes, one each way. `target` may be changed at any time, so a server may be restarted on another port behind the same
-address. Knows nothing of ZeroMQ or of frames; whole bytes in order is all it promises, as TCP does.
+address. With a `fate` it reads ZMTP 3 (RFC 23) and hands every frame that is no command to it; of what is in a frame it knows nothing.
 """
 
 import contextlib
@@ -9,13 +9,20 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+UP, DOWN = 0, 1  # to the server, to the edge
+Fate = Callable[[int, bytes], list[bytes]]  # (way, frame with its header) -> the frames that go on in its place
 
 
 class Proxy:
     """Listens on loopback and forwards to `target` (host, port)."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, fate: Fate | None = None) -> None:
         self.retarget(endpoint)
+        self.fate = fate
+        self.bytes = [0, 0]  # that went each way
         self.delay = 0.0  # seconds that every piece of up to 64 kB is held, each way
         self.refuse = False  # new connections are closed at once
         self.silent = False  # bytes go nowhere, and nobody is told
@@ -70,17 +77,40 @@ class Proxy:
                 continue
             with self._lock:
                 self._pairs.append((near, far))
-            for a, b in ((near, far), (far, near)):
+            for way, (a, b) in enumerate(((near, far), (far, near))):
                 a.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=self._copy, args=(a, b), name="proxy-copy", daemon=True).start()
+                threading.Thread(target=self._copy, args=(way, a, b), name="proxy-copy", daemon=True).start()
 
-    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while piece := source.recv(65536):
+    def _copy(self, way: int, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            for piece in self._pieces(way, source):
                 if self.delay:
                     time.sleep(self.delay)
                 if not self.silent:
                     sink.sendall(piece)
+                    self.bytes[way] += len(piece)
         for s in (source, sink):
             with contextlib.suppress(OSError):
                 s.shutdown(socket.SHUT_RDWR)
+
+    def _pieces(self, way: int, source: socket.socket) -> Iterator[bytes]:
+        """What comes, as it goes on."""
+        if self.fate is None:
+            while piece := source.recv(65536):
+                yield piece
+            return
+        with source.makefile("rb") as stream:
+            for size in (10, 1, 53):  # ZeroMQ says each part of its greeting in answer to the one before
+                yield _exactly(stream, size)
+            while True:
+                flags = _exactly(stream, 1)
+                length = _exactly(stream, 8 if flags[0] & 2 else 1)
+                frame = flags + length + _exactly(stream, int.from_bytes(length, "big"))
+                yield from [frame] if flags[0] & 4 else self.fate(way, frame)
+
+
+def _exactly(stream: BinaryIO, size: int) -> bytes:
+    data = stream.read(size)
+    if len(data) < size:
+        raise EOFError
+    return data

@@ -1,0 +1,145 @@
+"""Doorman: what bounds the connections of a ROUTER and what each of them may send in one piece.
+
+ZeroMQ accepts everybody for as long as there are descriptors, and puts a message of many frames together before anybody sees its first. What it
+does tell is the descriptor of every connection that comes and goes, and of every message: so a connection can be shut down from here, and for ZeroMQ
+its peer hung up. A connection is a stranger until its WELCOME goes out. Knows nothing of messages, keys or sessions. Linux alone says how much a
+connection has received; elsewhere that is not bounded. Invariant: nothing is shut down but the very connection that was accepted.
+"""
+
+import ctypes
+import resource
+import socket
+import struct
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+STRANGERS, OF_AN_ADDRESS = 512, 64  # at a time; whoever has been one for longest makes room for the next
+SPARE = 128  # descriptors that are not for connections
+PIECE = 16_000_000  # bytes without a message: four times what may wait in ZeroMQ and in the system while nobody reads
+TURN = 0.25  # seconds between two looks at how much has come
+INFO, RECEIVED = 136, 128  # size of struct tcp_info up to the field tcpi_bytes_received, and where that begins
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class Guest:
+    """A connection. `received`: its bytes when it last brought a message."""
+
+    name: tuple[object, ...]  # the peer's address and port
+    received: int = 0
+    spoke: bool = False  # since the last look
+
+
+class Doorman:
+    """Watches the connections of `router`, in the thread that owns it. `socket`: to poll; when it can be read, call `look`."""
+
+    def __init__(self, router: "zmq.Socket[bytes]") -> None:
+        self._router = router
+        self.socket = router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self._most = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE)
+        self._guests: dict[int, Guest] = {}  # by descriptor
+        self._strangers: dict[int, object] = {}  # their addresses; the oldest first
+        self._of: Counter[object] = Counter()  # strangers of an address
+        self._routes: dict[bytes, int] = {}
+        self._next = 0.0
+
+    def __len__(self) -> int:
+        return len(self._guests)
+
+    def look(self) -> None:
+        """Take note of who came and went."""
+        while self.socket.poll(0):
+            event = parse_monitor_message(self.socket.recv_multipart())
+            descriptor = int(event["value"])
+            self._gone(descriptor)  # also if its end was not told
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._came(descriptor)
+
+    def heard(self, descriptor: int, route: bytes) -> None:
+        """A message has come from a connection."""
+        if guest := self._guests.get(descriptor):
+            guest.spoke, self._routes[route] = True, descriptor
+
+    def welcomed(self, route: bytes) -> None:
+        """A connection is a stranger no more."""
+        self._known(self._routes.get(route, -1))
+
+    def watch(self, now: float) -> None:
+        """Shut down who has sent more than a message can hold, and no message."""
+        if now < self._next or not sys.platform.startswith("linux"):
+            return
+        self._next = now + TURN
+        for descriptor, guest in list(self._guests.items()):
+            received = _with(descriptor, _received) or 0
+            if guest.spoke:
+                guest.spoke, guest.received = False, received
+            elif received - guest.received > PIECE:
+                self._shut(descriptor)
+
+    def close(self) -> None:
+        self._router.disable_monitor()
+        self.socket.close(linger=0)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _came(self, descriptor: int) -> None:
+        name = _with(descriptor, socket.socket.getpeername)
+        if not isinstance(name, tuple):  # gone already, or ipc
+            return
+        self._guests[descriptor] = Guest(name)
+        self._strangers[descriptor] = name[0]
+        self._of[name[0]] += 1
+        if self._of[name[0]] > OF_AN_ADDRESS:
+            self._shut(next(d for d, address in self._strangers.items() if address == name[0]))
+        elif len(self._strangers) > STRANGERS or len(self._guests) > self._most:
+            self._shut(next(iter(self._strangers)))
+
+    def _known(self, descriptor: int) -> None:
+        address = self._strangers.pop(descriptor, None)
+        if address is not None:
+            self._of[address] -= 1
+            if not self._of[address]:
+                del self._of[address]
+
+    def _gone(self, descriptor: int) -> None:
+        self._known(descriptor)
+        if self._guests.pop(descriptor, None) is not None:
+            for route in [r for r, d in self._routes.items() if d == descriptor]:
+                del self._routes[route]
+
+    def _shut(self, descriptor: int) -> None:
+        guest = self._guests[descriptor]
+        if _with(descriptor, socket.socket.getpeername) == guest.name:  # else the descriptor is somebody else's by now
+            _with(descriptor, _hang_up)
+        self._gone(descriptor)
+
+
+def _hang_up(s: socket.socket) -> None:
+    """Linux goes on to take what comes for a socket that is shut down, but not for one that was connected to nobody: the peer gets a reset."""
+    s.shutdown(socket.SHUT_RDWR)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).connect(s.fileno(), bytes(16), 16)  # of the family AF_UNSPEC, which Python cannot express
+
+
+def _received(s: socket.socket) -> int:
+    return int(struct.unpack_from("=Q", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, INFO), RECEIVED)[0])
+
+
+def _with(descriptor: int, call: Callable[[socket.socket], T]) -> T | None:
+    """What `call` says of a descriptor that belongs to ZeroMQ and is not closed here; None if it is no connection any more."""
+    try:
+        s = socket.socket(fileno=descriptor)
+    except OSError:
+        return None
+    try:
+        return call(s)
+    except (OSError, struct.error):
+        return None
+    finally:
+        s.detach()

@@ -1,0 +1,130 @@
+"""Doorman: strangers make room for strangers, who was welcomed stays, and a message without an end is cut off. Around a real server."""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from specedge.config import SamplingParams
+from specedge.engine.engine import Engine
+from specedge.net import doorman as doorman_module
+from specedge.net.doorman import OF_AN_ADDRESS, Doorman
+from specedge.net.edge import Edge
+from specedge.net.server import Server
+from specedge.net.wire import Hello, encode
+from tests.helpers import engine, random_model
+from tests.net.test_server import PROMPT, Raw, honest_edge, serving, until
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model(tmp_path_factory.mktemp("target"), seed=3)
+
+
+@pytest.fixture(scope="module")
+def oracle(model: Path) -> Engine:
+    return engine(model)
+
+
+@pytest.fixture
+def server(model: Path) -> Iterator[Server]:
+    with serving(engine(model)) as s:
+        yield s
+
+
+def connect(server: Server) -> socket.socket:
+    host, port = server.endpoint.removeprefix("tcp://").split(":")
+    return socket.create_connection((host, int(port)), 10)
+
+
+def closed(s: socket.socket) -> bool:
+    """Whether the other side has hung up; greetings are read past."""
+    s.settimeout(0.01)
+    with contextlib.suppress(TimeoutError, OSError):
+        while True:
+            if not s.recv(1000):
+                return True
+    return False
+
+
+def test_strangers_make_room_for_strangers(server: Server, oracle: Engine) -> None:
+    """The oldest of an address goes when there are too many; an edge that was welcomed stays, and one that comes in between is served."""
+    with honest_edge(server, oracle), Raw(server) as raw, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connect(server)) for _ in range(2 * OF_AN_ADDRESS)]
+        until(lambda: all(map(closed, silent[:OF_AN_ADDRESS])), "the end of the older half")
+        assert not any(map(closed, silent[OF_AN_ADDRESS + 8 :])), "but for a few of those that make room for an edge"
+        with Edge(server.address) as edge:
+            assert edge.generate([PROMPT], SamplingParams(max_tokens=3))[0].token_ids
+        assert raw.silent() and len(server._doorman) <= OF_AN_ADDRESS + 4
+    until(lambda: len(server._doorman) == 0, "the end of the others")
+    assert not server._doorman._strangers and not server._doorman._of and not server._doorman._routes
+
+
+def test_there_is_an_end_to_all_strangers(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever addresses they come from."""
+    monkeypatch.setattr(doorman_module, "STRANGERS", 5)
+    with Raw(server) as raw, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connect(server)) for _ in range(12)]
+        until(lambda: sum(map(closed, silent)) == 7, "the end of seven")
+        assert raw.silent() and len(server._doorman) == 6
+
+
+def test_a_message_without_an_end_is_cut_off(server: Server, oracle: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By far before it fills the memory; many messages of that size may come. The frames are made by hand, for a DEALER keeps back what is
+    not whole."""
+    monkeypatch.setattr(doorman_module, "PIECE", 2_000_000)
+    with honest_edge(server, oracle), Raw(server) as fair, connect(server) as s:
+        s.sendall(b"\xff" + bytes(8) + b"\x7f\x03\0NULL" + bytes(48))
+        s.sendall(b"\4\x1c\5READY\x0bSocket-Type\0\0\0\6DEALER")
+        while b"READY" not in s.recv(4096):
+            pass
+        hello, sent = encode(Hello("raw", b"")), 0
+        s.sendall(b"\2" + len(hello).to_bytes(8, "big") + hello)
+        until(lambda: len(server._doorman) == 3 and not server._doorman._strangers, "its welcome")
+        with contextlib.suppress(ConnectionError):
+            while sent < 400_000_000:
+                s.sendall(b"\3" + (60_000).to_bytes(8, "big") + bytes(60_000))
+                sent += 60_000
+                fair.socket.send(bytes(65536))
+                time.sleep(0.001)
+        assert 2_000_000 < sent < 400_000_000
+        while fair.socket.poll(300):
+            fair.socket.recv()
+        assert fair.silent()
+
+
+def test_only_the_connection_that_came_is_shut_down(server: Server) -> None:
+    """A descriptor that has become another's by the time is left alone."""
+    one, two = socket.socketpair()
+    descriptor = one.fileno()
+    with one, two:
+        guest = Doorman.__new__(Doorman)
+        guest._guests = {one.fileno(): doorman_module.Guest(("192.0.2.1", 7))}
+        guest._strangers, guest._routes = {}, {}
+        guest._shut(one.fileno())
+        two.sendall(b"x")
+        assert one.recv(1) == b"x" and not guest._guests
+    assert doorman_module._with(descriptor, socket.socket.getpeername) is None
+    with open(os.devnull) as f:
+        assert doorman_module._with(f.fileno(), socket.socket.getpeername) is None and not f.closed
+
+
+def test_an_older_protocol_does_not_end_the_server(server: Server) -> None:
+    """ZMTP 2, as ZeroMQ 3 spoke it: a message of such a peer does not say from which connection it is."""
+    with connect(server) as s:
+        s.settimeout(10)
+        s.sendall(b"\xff" + bytes(8) + b"\x7f")  # signature; the rest is said when the other side has answered
+        assert s.recv(10)
+        s.sendall(b"\x01\x05\0\0")  # revision, a DEALER, no identity
+        assert s.recv(64)
+        frame = encode(Hello("old", b""))
+        s.sendall(b"\2" + len(frame).to_bytes(8, "big") + frame)
+        seen = b""
+        while b"SPEG" not in seen:
+            assert (data := s.recv(4096)), seen
+            seen += data
+    assert server.alive
