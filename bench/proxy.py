@@ -75,14 +75,16 @@ class Proxy:
             except OSError:
                 near.close()
                 continue
+            for s in (near, far):
+                with contextlib.suppress(OSError):
+                    s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._pairs.append((near, far))
             for way, (a, b) in enumerate(((near, far), (far, near))):
-                a.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 threading.Thread(target=self._copy, args=(way, a, b), name="proxy-copy", daemon=True).start()
 
     def _copy(self, way: int, source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError, EOFError):
+        with contextlib.suppress(OSError, EOFError, ValueError):  # of a socket that was dropped before it was read
             for piece in self._pieces(way, source):
                 if self.delay:
                     time.sleep(self.delay)
