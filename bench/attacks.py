@@ -57,7 +57,6 @@ def attacked(quick: bool) -> dict[str, object]:
                     "ratio": round(with_ / without, 3), "median_ratio": round(statistics.median(rounds[True]) / statistics.median(rounds[False]), 3),
                     "more_mb": round(most - before, 1), "descriptors": descriptors,
                 }  # fmt: skip
-                print(f"    {name:28} {figures[name]}", flush=True)
         figures["T10 one message of 300 MB"] = {"more_mb": round(bomb(server, key), 1)}
     return figures
 

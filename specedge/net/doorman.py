@@ -1,4 +1,4 @@
-"""Doorman: what bounds the connections of a ROUTER and what each of them may send in one piece.
+"""Doorman: what bounds the connections of a ROUTER, what each of them may send in one piece, and how often it may ask to no purpose.
 
 ZeroMQ accepts everybody for as long as there are descriptors, and puts a message of many frames together before anybody sees its first. What it
 does tell is the descriptor of every connection that comes and goes, and of every message: so a connection can be shut down from here, and for ZeroMQ
@@ -22,8 +22,10 @@ from zmq.utils.monitor import parse_monitor_message
 STRANGERS, OF_AN_ADDRESS = 512, 64  # at a time; whoever has been one for longest makes room for the next
 SPARE = 128  # descriptors that are not for connections
 PIECE = 16_000_000  # bytes without a message: four times what may wait in ZeroMQ and in the system while nobody reads
-TURN = 0.25  # seconds between two looks at how much has come
+TURN = 0.1  # seconds between two looks: at who came and went (in heaps: one by one they would wake the thread), and at how much has come
 INFO, RECEIVED = 136, 128  # size of struct tcp_info up to the field tcpi_bytes_received, and where that begins
+RATE, SAVED = 100.0, 1000.0  # idle questions that a connection may ask per second, and may save up
+MUTE = 1.0  # seconds for which it is not heard when it has asked more
 T = TypeVar("T")
 
 
@@ -34,14 +36,20 @@ class Guest:
     name: tuple[object, ...]  # the peer's address and port
     received: int = 0
     spoke: bool = False  # since the last look
+    asked: float = 0.0  # idle questions, less RATE per second since
+    at: float = 0.0  # when the last was
+    muted: float = 0.0  # until when it is not heard
 
 
 class Doorman:
-    """Watches the connections of `router`, in the thread that owns it. `socket`: to poll; when it can be read, call `look`."""
+    """Watches the connections of `router`, in the thread that owns it, which calls `watch` ten times a second or more."""
 
     def __init__(self, router: "zmq.Socket[bytes]") -> None:
         self._router = router
-        self.socket = router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        router.monitor(address := f"inproc://doorman-{id(self)}", zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self._events = router.context.socket(zmq.PAIR)
+        self._events.rcvhwm = 0  # else ZeroMQ would stand still where it has more to tell
+        self._events.connect(address)
         self._most = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE)
         self._guests: dict[int, Guest] = {}  # by descriptor
         self._strangers: dict[int, object] = {}  # their addresses; the oldest first
@@ -52,17 +60,10 @@ class Doorman:
     def __len__(self) -> int:
         return len(self._guests)
 
-    def look(self) -> None:
-        """Take note of who came and went."""
-        while self.socket.poll(0):
-            event = parse_monitor_message(self.socket.recv_multipart())
-            descriptor = int(event["value"])
-            self._gone(descriptor)  # also if its end was not told
-            if event["event"] == zmq.EVENT_ACCEPTED:
-                self._came(descriptor)
-
     def heard(self, descriptor: int, route: bytes) -> None:
         """A message has come from a connection."""
+        if route not in self._routes:
+            self._look()  # it came after what is known
         if guest := self._guests.get(descriptor):
             guest.spoke, self._routes[route] = True, descriptor
 
@@ -70,11 +71,27 @@ class Doorman:
         """A connection is a stranger no more."""
         self._known(self._routes.get(route, -1))
 
+    def charge(self, route: bytes, questions: float, now: float) -> None:
+        """A connection has asked something that brought nothing on; who does so too often is not heard for a while. To an edge that is a network that
+        loses frames."""
+        if guest := self._guests.get(self._routes.get(route, -1)):
+            guest.asked, guest.at = max(0.0, guest.asked - (now - guest.at) * RATE) + questions, now
+            if guest.asked > SAVED:
+                guest.asked, guest.muted = SAVED, now + MUTE
+
+    def muted(self, route: bytes, now: float) -> bool:
+        """Whether a connection is not heard now."""
+        guest = self._guests.get(self._routes.get(route, -1))
+        return guest is not None and guest.muted > now
+
     def watch(self, now: float) -> None:
-        """Shut down who has sent more than a message can hold, and no message."""
-        if now < self._next or not sys.platform.startswith("linux"):
+        """See who came and went, and shut down who is too many, or has sent more than a message can hold and no message."""
+        if now < self._next:
             return
         self._next = now + TURN
+        self._look()
+        if not sys.platform.startswith("linux"):
+            return
         for descriptor, guest in list(self._guests.items()):
             received = _with(descriptor, _received) or 0
             if guest.spoke:
@@ -84,9 +101,18 @@ class Doorman:
 
     def close(self) -> None:
         self._router.disable_monitor()
-        self.socket.close(linger=0)
+        self._events.close(linger=0)
 
     # ------------------------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Take note of who came and went."""
+        while self._events.poll(0):
+            event = parse_monitor_message(self._events.recv_multipart())
+            descriptor = int(event["value"])
+            self._gone(descriptor)  # also if its end was not told
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._came(descriptor)
 
     def _came(self, descriptor: int) -> None:
         name = _with(descriptor, socket.socket.getpeername)

@@ -32,6 +32,10 @@ from specedge.net.sessions import Peer, Reply, Sessions
 log = logging.getLogger(__name__)
 INBOX = 256  # messages that may wait for the engine: of the largest size they are 16 MB
 IDLE = 0.1  # seconds after which an engine without work looks up
+PAUSE = 0.001  # seconds after a turn in which nobody spoke who is heard, so that frames of a flood come in heaps
+TO_NO_PURPOSE = (wire.Error, wire.Welcome, wire.Opened, wire.Resumed, wire.NeedPrefill, wire.Gone)  # answers to what brings no text on
+UNANSWERED = (wire.Lease, wire.Cancel, wire.Close, wire.Prompt)
+BUSY = 0.1  # of an idle question: who waits for a place in a full server has to ask
 Inbound = tuple[Peer, wire.Message | None, float] | frozenset[str]  # and when it came; None: the peer is gone; a set: users who may be here no more
 
 
@@ -249,7 +253,6 @@ class Server:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(wake, zmq.POLLIN)
-        poller.register(self._doorman.socket, zmq.POLLIN)
         seen = self._authenticator.users if self._authenticator else {}
         while not self._silent.is_set() and (self._authenticator is None or self._authenticator.alive):  # whoever watches `alive` ends the rest
             if self._authenticator and self._authenticator.users is not seen:
@@ -258,8 +261,6 @@ class Server:
             # an engine that is behind leaves the rest to ZeroMQ, whose queues are bounded too
             poller.modify(self._router, zmq.POLLIN if self._inbox.qsize() < INBOX else 0)
             ready = dict(poller.poll(100))
-            if self._doorman.socket in ready:
-                self._doorman.look()
             self._doorman.watch(time.monotonic())
             if wake in ready:
                 wake.recv()
@@ -276,17 +277,25 @@ class Server:
     def _send(self, peer: Peer, message: wire.Message) -> None:
         if isinstance(message, wire.Welcome):
             self._doorman.welcomed(peer.route)
+        if isinstance(message, TO_NO_PURPOSE) or (isinstance(message, wire.Verdict) and not message.verified):
+            self._doorman.charge(peer.route, 1.0, time.monotonic())
+        elif isinstance(message, wire.Busy):
+            self._doorman.charge(peer.route, BUSY, time.monotonic())
         try:
             self._router.send_multipart([peer.route, wire.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError:  # gone, or it does not read: its sessions lapse, nobody waits for it
             self._inbox.put((peer, None, time.monotonic()))
 
     def _receive(self) -> None:
+        now, heard = time.monotonic(), False
         for _ in range(64):  # then look at the outbox again
             try:
                 route, *body = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
-                return
+                break
+            if self._doorman.muted(route.bytes, now):
+                continue
+            heard = True
             with contextlib.suppress(zmq.ZMQError):  # of protocols before ZMTP 3, where a message does not know its connection
                 self._doorman.heard(body[-1].get(zmq.SRCFD), route.bytes)
             peer = Peer(route.bytes, str(body[0].get("User-Id")) if self._authenticator else "")
@@ -296,9 +305,15 @@ class Server:
                 self._refuse(peer, f"a message of {len(body)} frames; one is allowed")
                 continue
             try:
-                self._inbox.put((peer, wire.decode(body[0].bytes), time.monotonic()))
+                message = wire.decode(body[0].bytes)
             except wire.WireError as e:
                 self._refuse(peer, str(e))
+                continue
+            if isinstance(message, UNANSWERED):
+                self._doorman.charge(peer.route, 1.0, now)
+            self._inbox.put((peer, message, now))
+        if not heard:
+            time.sleep(PAUSE)
 
     def _refuse(self, peer: Peer, why: str) -> None:
         self._send(peer, wire.Error(wire.NO_SESSION, "frame", why[:300]))

@@ -15,9 +15,9 @@ from specedge.net import doorman as doorman_module
 from specedge.net.doorman import OF_AN_ADDRESS, Doorman
 from specedge.net.edge import Edge
 from specedge.net.server import Server
-from specedge.net.wire import Hello, encode
+from specedge.net.wire import Close, Draft, Hello, Lease, Resume, Verdict, encode
 from tests.helpers import engine, random_model
-from tests.net.test_server import PROMPT, Raw, honest_edge, serving, until
+from tests.net.test_server import PROMPT, Raw, X, honest_edge, serving, until
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,37 @@ def test_a_message_without_an_end_is_cut_off(server: Server, oracle: Engine, mon
         while fair.socket.poll(300):
             fair.socket.recv()
         assert fair.silent()
+
+
+@pytest.mark.parametrize("frame", [encode(Hello("x", b"")), bytes(512), encode(Resume(X)), encode(Draft(X, 1, 0, b"", b"")), encode(Lease(X))])
+def test_who_asks_too_often_is_not_heard_for_a_while(
+    server: Server, oracle: Engine, frame: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """All kinds of frames that bring nothing on; the others are heard, and so is this connection, later."""
+    monkeypatch.setattr(doorman_module, "SAVED", 50.0)
+    monkeypatch.setattr(doorman_module, "MUTE", 0.3)
+    with Raw(server) as fair, Raw(server, RCVHWM=0) as raw:
+        for _ in range(200):
+            raw.socket.send(frame)
+        until(lambda: any(server._doorman.muted(r, time.monotonic()) for r in list(server._doorman._routes)), "silence")
+        assert fair.silent()
+        while raw.socket.poll(400):
+            raw.socket.recv()
+        assert raw.silent()
+        raw.open()
+        assert raw.text() == oracle.generate([PROMPT], SamplingParams(max_tokens=12))[0].token_ids
+        raw.send(Close(X))
+
+
+def test_rounds_are_no_idle_questions(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are."""
+    monkeypatch.setattr(doorman_module, "SAVED", 5.0)
+    with Raw(server) as raw:
+        raw.open(most=200)
+        for number in range(1, 101):
+            raw.send(Draft(X, number, len(PROMPT) + number - 1, b"", b""))
+            assert isinstance(raw.receive(), Verdict)
+        raw.send(Close(X))
 
 
 def test_only_the_connection_that_came_is_shut_down(server: Server) -> None:

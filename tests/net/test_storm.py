@@ -173,7 +173,7 @@ def test_every_text_survives_the_storm(tmp_path: Path, monkeypatch: pytest.Monke
                     u.proxy.retarget(server.endpoint)
                     u.proxy.refuse = False
         for u in users:
-            u.proxy.fate = None
+            u.proxy.fate = lambda _way, frame: [frame]
             u.proxy.delay = 0.0
             u.proxy.drop()
         texts = seen["texts"]
