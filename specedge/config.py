@@ -201,13 +201,12 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class DraftConfig:
-    """How trees are grown: `tree_size` nodes a submitted tree, `width` rows a draft forward, `branch` children kept of a row."""
+    """How trees are grown: `tree_size` nodes of a submitted tree at most, `width` rows a draft forward, `branch` children kept of a row."""
 
     tree_size: int = 31
     width: int = 8
     branch: int = 8
-    depth: int = 12  # draft forwards before a tree must be submitted
-    min_gain: float = 0.05  # expected tokens that the last forward must have added for another one to start
+    depth: int | None = None  # draft forwards before a tree of exactly `tree_size` nodes is submitted; None: both as measured times and odds say
     tau: float = 1.0  # how far the draft's probabilities are trusted beside the shared noise
     proactive: bool = True  # keep growing while the verdict is in flight
     max_sessions: int = 8
@@ -217,7 +216,7 @@ class DraftConfig:
         _require_int("tree_size", self.tree_size, 0, MAX_NODES)
         _require_int("width", self.width, 1, MAX_NODES)
         _require_int("branch", self.branch, 1, MAX_NODES)
-        _require_int("depth", self.depth, 1, MAX_NODES)
-        _require(0 <= self.min_gain < math.inf, "min_gain", self.min_gain, "zero or more, and finite")
+        if self.depth is not None:
+            _require_int("depth", self.depth, 1, MAX_NODES)
         _require(0 < self.tau < math.inf, "tau", self.tau, "positive and finite")
         _require_int("max_sessions", self.max_sessions, 1, 256)

@@ -11,16 +11,23 @@ each as recomputation would give it; an unexpanded root has no live rows.
 
 import heapq
 import math
+import time
+from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
+from specedge.engine.calibration import Calibration
 from specedge.engine.hub import locate
+from specedge.engine.pace import Pace, Rate, Served, gain, optimum
 from specedge.engine.pages import PagePool, PageTable
 from specedge.engine.runner import Runner
 from specedge.engine.sampler import Ask, Sampler
@@ -28,6 +35,9 @@ from specedge.engine.texts import UseError
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree, make_tree
 
+START = 4  # forwards of a tree as long as no round has been timed
+TRIED = (7, 31, 15)  # nodes, in turn, until it is known what rows cost the server
+SHORT = 0.004  # seconds for which a verdict may be kept waiting by a forward
 UNLIKELY = math.log(1e-3)  # a child below this is not kept: it would be the 1000th guess, and costs as much to sort as the first
 
 
@@ -40,6 +50,8 @@ class Node:
     score: float
     order: int  # of creation: a parent comes before its children
     depth: int  # below the root of its creation
+    rank: int = 0  # among its siblings, by what the draft thinks of them
+    log_p: float = 0.0  # which is this
     slot: int = -1  # row of the session's region in the row buffer; -1 while unexpanded
     seen: int = 0  # bit set of the slots of this node and its ancestors, once expanded
     children: "dict[int, Node]" = field(default_factory=dict)
@@ -58,14 +70,20 @@ class Session:
     table: PageTable
     base: int  # first row of its region
     root: Node
+    calibration: Calibration
     computed: int = 0
     free: list[int] = field(default_factory=lambda: list(range(MAX_ROWS_PER_TREE)))  # a heap: low slots first keep the key range short
     heap: list[tuple[float, int, Node]] = field(default_factory=list)  # unexpanded nodes, best first
     nodes: list[Node] = field(default_factory=list)  # all below the root
+    best: list[float] = field(default_factory=list)  # scores of as many of the best nodes as a tree may have, rising
     submitted: list[Node] | None = None  # rows 1..N of the tree whose verdict is awaited
+    asleep: bool = False  # nothing is drafted
     forwards: int = 0  # that grew the present tree
-    gain: float = math.inf  # tokens that the last of them was worth
-    worth: float = 0.0
+    size: int = TRIED[0]  # nodes of the last tree
+    others: int = 0  # rows of other texts in the step that verified it
+    sent: float = 0.0  # when it was submitted
+    since: float | None = None  # the last verdict
+    rate: Rate = field(default_factory=Rate)
 
     @property
     def live(self) -> int:
@@ -82,14 +100,20 @@ class Drafter:
     """Grows trees for up to `config.max_sessions` sessions with one small model. One thread at a time may use it. Close it, or use it as a context
     manager."""
 
-    def __init__(self, runner: Runner, config: DraftConfig, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self, runner: Runner, config: DraftConfig, tokenizer: Tokenizer | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:  # fmt: skip
         self.runner, self.config, self.tokenizer = runner, config, tokenizer
+        self.pace = Pace()
+        self._clock = clock
         self._vocab = vocab = runner.model.config.vocab
         self.pool = PagePool(runner.sizes.pages, runner.sizes.page_size)
         self._sampler = Sampler(vocab, tokenizer.size if tokenizer else vocab, runner.device)
         self._regions = [i * MAX_ROWS_PER_TREE for i in range(config.max_sessions)][::-1]
         self._sessions: list[Session] = []
         self._made = 0  # nodes, for their order
+        self._rounds = 0  # trees submitted
+        self._ended = self._took = 0.0  # the last forward
         self.closed = False
 
     @classmethod
@@ -137,7 +161,8 @@ class Drafter:
         table, computed = self.pool.open(tokens)
         root, base = self._node(tokens[-1], None, 0.0), self._regions.pop()
         p = prompt_len or len(tokens)
-        session = Session(list(tokens), params.with_seed(), p, limit, stop, vocab or self._vocab, table, base, root, computed)
+        calibration = Calibration(min(self.config.branch, self._vocab))
+        session = Session(list(tokens), params.with_seed(), p, limit, stop, vocab or self._vocab, table, base, root, calibration, computed)
         self._sessions.append(session)
         return session
 
@@ -147,23 +172,47 @@ class Drafter:
         self._regions.append(session.base)
         session.table.close()
 
-    def ready(self, session: Session) -> bool:
-        """Whether another forward before the next submit would not pay: a fixed number of forwards, or little gain in the last one."""
-        if session.exhausted or self.config.tree_size == 0:
+    def ready(self, *sessions: Session) -> bool:
+        """Whether another forward before the next submit of these, which wait for each other, would not pay: it would if the tokens that it adds to
+        their trees are more than all of them would get in its time."""
+        live = [s for s in sessions if not s.exhausted and not s.asleep]
+        if not live or self.config.tree_size == 0:
             return True
-        if session.root.slot < 0:
+        if any(s.root.slot < 0 for s in live):
             return False
-        return session.forwards >= self.config.depth or session.gain < self.config.min_gain or not self._growable(session)
+        growing = [s for s in live if self._growable(s)]
+        if not growing or self.config.depth is not None or not self.pace.known:
+            return all(s.forwards >= (self.config.depth or START) for s in growing)
+        forward = self.pace.draft.predict(min(self.config.width, sum(len(s.heap) for s in growing)), sum(len(s.tokens) for s in growing))
+        return sum(map(self._gain, growing)) <= forward * sum(map(self._per_second, live))
+
+    def size(self, session: Session, most: int) -> int:
+        """How many nodes, at most `most`, the next tree should have."""
+        most = min(most, self.config.tree_size)
+        if self.config.depth is not None:
+            return most
+        if not self.pace.verify.confident:
+            return min(most, TRIED[self._rounds % len(TRIED)])
+        rate = session.rate
+        outside = rate.outside / rate.rounds if rate.rounds else self.pace.around
+        return optimum(self._scores(session, most)[::-1], outside, self.pace.verify, session.others, len(session.tokens))
+
+    def sleep(self, session: Session, asleep: bool) -> None:
+        """Stop, or begin again, to draft for a session whose text somebody else continues; what comes of it is still told by `verdict`."""
+        session.asleep = asleep
+        session.since = None
 
     def submit(self, session: Session, nodes: int) -> TokenTree:
         """The best `nodes` nodes, in falling score order; the session then awaits `verdict`."""
         best = self._best(session, nodes)
         row = {id(n): i for i, n in enumerate(best, 1)} | {id(session.root): 0}
-        session.submitted = best
+        session.submitted, session.size, session.sent = best, len(best), self._clock()
+        self._rounds += 1
         return make_tree([n.token for n in best], [row[id(n.parent)] for n in best]) if best else EMPTY
 
-    def verdict(self, session: Session, row: int, tokens: list[int]) -> bool:
-        """The target accepted the path to `row` of the submitted tree, and `tokens` follow. True: the new root had been drafted (a hit)."""
+    def verdict(self, session: Session, row: int, tokens: list[int], served: Served | None = None) -> bool:
+        """The target accepted the path to `row` of the submitted tree, if there was one, and `tokens` follow. `served`: how it was verified, if that
+        is known. True: the new root had been drafted (a hit)."""
         path: list[Node] = []
         node = session.submitted[row - 1] if row and session.submitted else session.root
         while node is not session.root:
@@ -171,8 +220,11 @@ class Drafter:
             assert node.parent is not None
             node = node.parent
         text = [n.token for n in reversed(path)] + tokens
+        self._timed(session, len(text), served)
         walked = [session.root]
         for token in text:
+            for tried in walked[-1].children.values():  # one of them at most was right
+                session.calibration.observe(tried.rank, tried.log_p, tried.token == token)
             child = walked[-1].children.get(token)
             if child is None:
                 break
@@ -186,8 +238,23 @@ class Drafter:
             session.limit = 0  # a token that this model does not know: nothing can follow it
         self._root(session, new or self._node(text[-1], None, 0.0), walked)
         depths = [n.depth for n in (session.root, *session.nodes) if n.slot >= 0]  # so deep have earlier forwards grown what is left
-        session.forwards, session.gain = max(depths) - session.root.depth + 1 if depths else 0, math.inf
+        session.forwards = max(depths) - session.root.depth + 1 if depths else 0
         return hit
+
+    def _timed(self, session: Session, tokens: int, served: Served | None) -> None:
+        """Learn from the times of a round."""
+        now, since = self._clock(), session.since
+        if session.submitted is None:
+            if served is not None:
+                self.pace.verify.observe(served.rows, len(session.tokens), served.seconds)
+            return
+        if served is not None:
+            session.others = served.others
+            hidden = self._took / 2 if now - self._ended < SHORT / 4 else 0.0  # it came during that forward; counted whole, forwards would grow
+            self.pace.answered(now - session.sent - hidden, served, len(session.tokens))
+            if since is not None and served.seconds < now - since:
+                session.rate.add(tokens, now - since, served.seconds)
+        session.since = now
 
     def _commit(self, session: Session, path: list[Node]) -> None:
         """Bring the K/V of the leading expanded nodes of `path`, which begins at the root, to pages."""
@@ -213,35 +280,55 @@ class Drafter:
         session.free = [s for s in range(MAX_ROWS_PER_TREE) if s not in live]  # sorted, so a heap
         session.heap = [(-n.score, n.order, n) for n in session.nodes if n.slot < 0]
         heapq.heapify(session.heap)
-        session.worth = self._worth(session)
+        session.best = sorted(heapq.nlargest(self.config.tree_size, [n.score for n in session.nodes]))
 
     # ------------------------------------------------------------------------------------------------------------------
     # growth
 
     def grow(self) -> bool:
         """One draft forward over all sessions; False if there was nothing to do."""
+        begun = self._clock()
         batch = self.runner.batch()
-        grown: list[tuple[Session, Node]] = []  # one for every row whose logits are wanted, in their order
+        grown: list[tuple[Session, list[Node]]] = []  # the rows whose logits are wanted, in their order
         chains: list[tuple[Session, int]] = []
         for session in self._sessions:
-            if session.root.slot < 0 and not session.exhausted and batch.rows < self.runner.sizes.max_rows:
+            if session.root.slot < 0 and not session.exhausted and not session.asleep and batch.rows < self.runner.sizes.max_rows:
                 chains.append((session, self._add_chain(batch, session, grown)))
         for session, nodes in self._pick():
             self._add_nodes(batch, session, nodes)
-            grown += [(session, n) for n in nodes]
+            grown.append((session, nodes))
         if batch.rows == 0:
             return False
+        rows, context = batch.rows, sum(len(s.tokens) for s, _ in grown)
         logits = self.runner.run(batch)
         for session, length in chains:
-            rows = list(range(session.base, session.base + length))
-            self.runner.commit(rows, *session.table.locate(session.computed, session.computed + length))
+            rows_ = list(range(session.base, session.base + length))
+            self.runner.commit(rows_, *session.table.locate(session.computed, session.computed + length))
             session.computed += length
             session.table.fill(session.tokens, session.computed)
         if grown:
             self._branch(logits, grown)
+        self._ended = self._clock()
+        self._took = self._ended - begun
+        self.pace.draft.observe(rows, context, self._took)
         return True
 
-    def _add_chain(self, batch: BatchBuilder, session: Session, grown: list[tuple[Session, Node]]) -> int:
+    def pause(self) -> float:
+        """Seconds for which nothing should be grown, because a verdict is due before half of a forward were over: whoever waits for the next tree
+        would wait for that forward."""
+        left, forward = self._due(), self.pace.draft.predict(1, 0)
+        return left + SHORT / 4 if 0 < left < forward / 2 else 0.0
+
+    def _due(self) -> float:
+        """Seconds until the next verdict is expected; infinite if somebody waits for a tree meanwhile, or nobody knows, negative if it is late."""
+        awake = [s for s in self._sessions if not s.asleep and not s.exhausted]
+        flying = [s for s in awake if s.submitted is not None]
+        if not flying or not self.pace.known or len(flying) < len(awake):
+            return math.inf
+        due = min(s.sent + self.pace.away(s.others + s.size + 1, len(s.tokens)) for s in flying)
+        return due - self._clock()
+
+    def _add_chain(self, batch: BatchBuilder, session: Session, grown: list[tuple[Session, list[Node]]]) -> int:
         """Rows for tokens that have no K/V, up to and with the root if they fit; returns how many are to be committed."""
         size = min(len(session.tokens) - session.computed, self.runner.sizes.max_rows - batch.rows, MAX_ROWS_PER_TREE)
         stop = session.computed + size
@@ -255,18 +342,22 @@ class Drafter:
         if last:
             session.root.slot, session.root.seen = size - 1, 1 << size - 1
             session.free = [s for s in range(MAX_ROWS_PER_TREE) if s != size - 1]
-            grown.append((session, session.root))
+            grown.append((session, [session.root]))
         return size - last
 
     def _growable(self, session: Session) -> bool:
-        return session.root.slot >= 0 and bool(session.heap) and bool(session.free)
+        return session.root.slot >= 0 and bool(session.heap) and bool(session.free) and not session.asleep
 
     def _pick(self) -> list[tuple[Session, list[Node]]]:
-        """The best `width` candidates over all sessions; sessions that await no verdict come first, for somebody waits for them."""
+        """The best `width` candidates over all sessions; sessions that await no verdict come first, for somebody waits for them. Fewer while
+        all await theirs and one is due, so that the forward is over by then, or short."""
         picked: dict[int, list[Node]] = {}
         front = [(s.submitted is not None, s.heap[0][0] + s.root.score, i) for i, s in enumerate(self._sessions) if self._growable(s)]
         heapq.heapify(front)
-        for _ in range(self.config.width):
+        rows, left = self.config.width, max(self._due(), SHORT)
+        while rows > 1 and self.pace.draft.predict(rows, 0) > left:
+            rows -= 1
+        for _ in range(rows):
             if not front:
                 break
             flying, _score, i = heapq.heappop(front)
@@ -291,45 +382,71 @@ class Drafter:
             session.computed, session.table.pages, [n.seen for n in nodes], list(range(len(nodes))),
         )  # fmt: skip
 
-    def _branch(self, logits: Tensor, grown: list[tuple[Session, Node]]) -> None:
+    def _branch(self, logits: Tensor, grown: list[tuple[Session, list[Node]]]) -> None:
         """Give every grown node its best children."""
-        scores, tokens = self._score(logits, grown)
-        for (session, node), values, ids in zip(grown, scores, tokens, strict=True):
-            depth = node.depth + 1
-            position = len(session.tokens) - 1 - session.root.depth + depth
-            if position > session.limit - 2:  # token limit-1 closes the text, so no node can be accepted there
-                continue
-            for value, token in zip(values, ids, strict=True):
-                if token < session.vocab and token not in session.stop and value > UNLIKELY:
-                    child = self._node(token, node, node.score + value)
-                    node.children[token] = child
-                    session.nodes.append(child)
-                    heapq.heappush(session.heap, (-child.score, child.order, child))
-        for session in {id(s): s for s, _ in grown}.values():
-            worth = self._worth(session)
-            session.gain, session.worth = worth - session.worth, worth
+        log_p, tokens = self._score(logits, grown)
+        first = 0
+        for session, nodes in grown:
+            mine = slice(first, first := first + len(nodes))
+            scores = session.calibration.log_acceptances(log_p[mine]).tolist()
+            for node, raw, values, ids in zip(nodes, log_p[mine].tolist(), scores, tokens[mine], strict=True):
+                position = len(session.tokens) - session.root.depth + node.depth
+                if position <= session.limit - 2:  # token limit-1 closes the text, so no node can be accepted there
+                    self._add_children(session, node, raw, values, ids)
             session.forwards += 1
 
+    def _add_children(self, session: Session, node: Node, raw: list[float], values: list[float], ids: list[int]) -> None:
+        best, most = session.best, self.config.tree_size
+        for rank, (log_p, value, token) in enumerate(zip(raw, values, ids, strict=True)):
+            if log_p > UNLIKELY and token < session.vocab and token not in session.stop:
+                child = self._node(token, node, node.score + value, rank, log_p)
+                node.children[token] = child
+                session.nodes.append(child)
+                heapq.heappush(session.heap, (-child.score, child.order, child))
+                if len(best) < most or child.score > best[0]:
+                    insort(best, child.score)
+                    del best[:-most]
+
     @torch.inference_mode()
-    def _score(self, logits: Tensor, grown: list[tuple[Session, Node]]) -> tuple[list[list[float]], list[list[int]]]:
-        """Log-probability and id of the best children of every row, with the noise that the target will use."""
-        asks = [Ask(s.params, s.tokens, s.prompt_len, s.stop, [_path(node)]) for s, node in grown]
+    def _score(self, logits: Tensor, grown: list[tuple[Session, list[Node]]]) -> tuple[NDArray[np.float32], list[list[int]]]:
+        """Log-probability `[n, branch]` and id of the best children of every row, with the noise that the target will use."""
+        asks = [Ask(s.params, s.tokens, s.prompt_len, s.stop, [_path(n) for n in nodes]) for s, nodes in grown]
         values, ids = self._sampler.score(logits, self._sampler.draw(asks, looser=True), self.config.tau, self.config.branch)
-        return values.tolist(), ids.tolist()
+        return values.cpu().numpy(), ids.tolist()
 
     # ------------------------------------------------------------------------------------------------------------------
     # nodes
 
-    def _node(self, token: int, parent: Node | None, score: float) -> Node:
+    def _node(self, token: int, parent: Node | None, score: float, rank: int = 0, log_p: float = 0.0) -> Node:
         self._made += 1
-        return Node(token, parent, score, self._made, parent.depth + 1 if parent else 0)
+        return Node(token, parent, score, self._made, parent.depth + 1 if parent else 0, rank, log_p)
 
     def _best(self, session: Session, n: int) -> list[Node]:
-        return heapq.nsmallest(n, session.nodes, key=lambda node: (-node.score, node.order))
+        if n <= len(session.best):
+            nodes = [node for node in session.nodes if node.score >= session.best[len(session.best) - n]] if n else []
+        else:
+            nodes = session.nodes
+        return sorted(nodes, key=lambda node: (-node.score, node.order))[:n]
 
-    def _worth(self, session: Session) -> float:
-        """Expected number of accepted tokens if the tree were submitted now."""
-        return sum(math.exp(n.score - session.root.score) for n in self._best(session, self.config.tree_size))
+    # ------------------------------------------------------------------------------------------------------------------
+    # what pays
+
+    def _scores(self, session: Session, n: int) -> list[float]:
+        """Of the `n` best nodes, rising: the estimated probability that verification reaches them."""
+        return [math.exp(score - session.root.score) for score in session.best[len(session.best) - min(n, len(session.best)) :]]
+
+    def _gain(self, session: Session) -> float:
+        """Expected tokens that another forward would add to the next tree."""
+        first = sorted(session.heap[: 2 * self.config.width])[: self.config.width]  # nearly the best: the front of a heap, not its order
+        rows = [math.exp(-score - session.root.score) for score, _, _ in first]
+        return gain(self._scores(session, session.size), rows, session.calibration.usual[:4], session.size)
+
+    def _per_second(self, session: Session) -> float:
+        """Tokens per second: of the last rounds, or, while there are none, of this one."""
+        if session.rate.seconds:
+            return session.rate.per_second
+        away = self.pace.away(session.others + session.size + 1, len(session.tokens))
+        return (1 + sum(self._scores(session, session.size))) / away
 
 
 def _path(node: Node) -> list[int]:

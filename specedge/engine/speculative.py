@@ -4,12 +4,14 @@ It is the co-located form of the system, the baseline of every comparison, and t
 Knows nothing of sockets. Draft and target take turns here, so nothing grows while a verdict is in flight.
 """
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from specedge.config import DraftConfig, EngineConfig, SamplingParams, SpecedgeError
 from specedge.engine.drafter import Drafter, Session
 from specedge.engine.engine import Engine
+from specedge.engine.pace import Served
 from specedge.engine.request import Output, Sequence, Verdict
 from specedge.engine.texts import Guard, Text, TextEngine, UseError, alone
 
@@ -77,22 +79,25 @@ class SpeculativeEngine(TextEngine):
     def advance(self) -> None:
         """Grow the trees that nobody waits for yet, offer them, verify them."""
         drafting = [t for t in self._texts.values() if t.session and t.sequence.tree is None]
-        while any(t.session and not self.drafter.ready(t.session) for t in drafting) and self.drafter.grow():
+        while not self.drafter.ready(*(t.session for t in drafting if t.session)) and self.drafter.grow():
             pass
         for text in drafting:
             assert text.session is not None
-            tree = self.drafter.submit(text.session, min(self.drafter.config.tree_size, text.sequence.acceptance.budget))
+            tree = self.drafter.submit(text.session, self.drafter.size(text.session, text.sequence.acceptance.budget))
             text.offered = len(tree)
             self.engine.offer(text.sequence, tree)
-        for verdict in self.engine.step():
+        begun = time.perf_counter()
+        verdicts = self.engine.step()
+        seconds, rows = time.perf_counter() - begun, sum(v.verified for v in verdicts)
+        for verdict in verdicts:
             if verdict.sequence in self._texts:  # else the engine's own caller gets it
-                self._take(self._texts[verdict.sequence], verdict)
+                self._take(self._texts[verdict.sequence], verdict, Served(seconds, rows, rows - verdict.verified))
 
-    def _take(self, text: DraftedText, verdict: Verdict) -> None:
+    def _take(self, text: DraftedText, verdict: Verdict, served: Served) -> None:
         s = text.output.speculation
         s = replace(s, rounds=s.rounds + 1, drafted=s.drafted + text.offered, accepted=s.accepted + len(verdict.path))
         if text.session is not None and not verdict.finish:
-            hit = self.drafter.verdict(text.session, verdict.row, list(verdict.tokens))
+            hit = self.drafter.verdict(text.session, verdict.row, list(verdict.tokens), served)
             s = replace(s, hits=s.hits + hit, misses=s.misses + (not hit))
         text.output.speculation = s
         text.take(verdict)

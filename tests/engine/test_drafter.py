@@ -13,6 +13,7 @@ import torch
 from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, EngineConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.drafter import Drafter, Session
+from specedge.engine.pace import Served
 from specedge.kernels import gumbel
 
 VOCAB = 24
@@ -312,3 +313,102 @@ def test_a_fixed_size_of_zero_drafts_nothing() -> None:
     d = make(tree_size=0)
     s = d.open([1], SamplingParams(max_tokens=9), 10)
     assert s is not None and d.ready(s) and len(d.submit(s, 0)) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what pays, in virtual time
+
+
+class PacedRunner(FakeRunner):
+    """A fake whose forwards take virtual time: `base` seconds and `row` for each row."""
+
+    now = 0.0
+    base, row = 0.004, 0.0
+
+    def run(self, builder: BatchBuilder) -> torch.Tensor:
+        self.now += self.base + self.row * builder.rows
+        return super().run(builder)
+
+
+def paced(sessions: int = 1, **config: object) -> tuple[Drafter, PacedRunner]:
+    runner = PacedRunner(sessions * MAX_ROWS_PER_TREE)
+    c = DraftConfig(max_sessions=sessions, **config)  # type: ignore[arg-type]
+    return Drafter(runner, c, clock=lambda: runner.now), runner  # type: ignore[arg-type]
+
+
+def rounds(d: Drafter, world: PacedRunner, around: float, verify: float, row: float, count: int = 60) -> dict[str, float]:
+    """Draft a text of a target that mostly agrees; averages over the second half of the rounds."""
+    params, rng = SamplingParams(0.0, 390, seed=3), np.random.default_rng(1)
+    s = d.open([1, 2, 3], params, 393)
+    assert s is not None
+    total = {"forwards": 0.0, "nodes": 0.0, "seconds": 0.0, "tokens": 0.0, "kept waiting": 0.0}
+    for i in range(count):
+        if len(s.tokens) > 350:
+            d.cancel(s)
+            s = d.open([1, 2, 3], params, 393)
+            assert s is not None
+        begun, known, forwards = world.now, len(s.tokens), 0
+        while not d.ready(s) and d.grow():
+            forwards += 1
+        tree = d.submit(s, d.size(s, 255))
+        took = verify + row * (len(tree) + 1)
+        arrival = world.now + around + took
+        while world.now < arrival:
+            if pause := d.pause():
+                world.now = min(arrival, world.now + pause)
+            elif not d.grow():
+                world.now = arrival
+        text, at, children = list(s.tokens), 0, tree.children()
+        while (token := target(text, params, 0.1, rng)) in children[at]:
+            at = children[at][token]
+            text.append(token)
+        waited = world.now - arrival
+        d.verdict(s, at, [token], Served(took, len(tree) + 1))
+        if i >= count // 2:
+            for name, value in zip(total, (forwards, len(tree), world.now - begun, len(s.tokens) - known, waited), strict=True):
+                total[name] += value / (count - count // 2)
+    d.cancel(s)
+    return total
+
+
+def test_a_dear_draft_grows_less_than_a_cheap_one() -> None:
+    found = {}
+    for base in (0.0005, 0.02, 0.2):
+        d, world = paced(proactive=False)
+        world.base = base
+        found[base] = rounds(d, world, 0.05, 0.02, 0.0)["forwards"]
+    assert found[0.0005] > found[0.02] > found[0.2] > 0.99
+
+
+def test_dear_rows_make_small_trees() -> None:
+    found = {}
+    for row in (0.0, 0.03):
+        d, world = paced(proactive=False)
+        found[row] = rounds(d, world, 0.01, 0.02, row)["nodes"]
+    assert found[0.0] > 28 and found[0.03] < 8
+
+
+def test_a_verdict_does_not_wait_for_long() -> None:
+    """A forward that would end behind it is not begun, and one with many rows is made shorter."""
+    d, world = paced(width=40, branch=24)
+    world.base, world.row = 0.01, 0.002
+    waited = rounds(d, world, 0.05, 0.02, 0.0)["kept waiting"]
+    assert waited < 0.25 * (world.base + world.row)
+    d._due = lambda: float("inf")  # type: ignore[method-assign]
+    assert rounds(d, world, 0.05, 0.02, 0.0)["kept waiting"] > 4 * waited
+
+
+def test_who_sleeps_is_not_drafted_for() -> None:
+    d, _ = paced(2)
+    a, b = grown(d, [1, 2]), grown(d, [3, 4])
+    d.sleep(a, True)
+    nodes = len(a.nodes)
+    d.grow()
+    assert len(a.nodes) == nodes and d.ready(a)
+    d.verdict(a, 0, [9, 9, 9])
+    audit(d, a)
+    d.sleep(b, True)
+    assert not d.grow()
+    d.sleep(a, False)
+    assert not d.ready(a) and d.grow()
+    audit(d, a)

@@ -635,7 +635,7 @@ DRAFTS: dict[str, dict[str, object] | None] = {  # name: how the draft differs f
     "a short context": {"seed": 3, "max_position_embeddings": 20},
     "no nodes": {"seed": 3, "tree_size": 0},
     "one node": {"seed": 3, "tree_size": 1},
-    "large trees": {"seed": 4, "tree_size": 120, "width": 60, "depth": 4, "min_gain": 0.0},
+    "large trees": {"seed": 4, "tree_size": 120, "width": 60, "depth": 4},
     "not proactive": {"seed": 3, "proactive": False},
     "room for one": {"seed": 3, "max_sessions": 1},
 }
