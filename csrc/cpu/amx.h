@@ -19,7 +19,8 @@ namespace specedge {
 constexpr int64_t TILE = 16, PAIR = 2 * TILE;         // rows of a tile and of a pass
 constexpr int64_t TILE_BYTES = 64, TILE_WORDS = 16;   // of k
 constexpr int64_t TWO_TILES = TILE * 2 * TILE_BYTES;  // bytes of a panel that are two tiles
-constexpr int64_t TILES_BLOCK = 64 << 10;             // of a panel: with a pair of 512 rows of x half of L2
+constexpr int64_t TILES_BLOCK = 64 << 10;             // of a panel; 16 and 32 KB were no better
+constexpr int64_t X_BYTES = 1 << 20;                  // half of L2
 
 // The registers as these kernels take them, on this thread, for its lifetime. Tiles of x and of sums have `rows` rows.
 class Tiles {
@@ -81,6 +82,13 @@ struct TileRows {
   // From column on, a multiple of EACH, of the rows from a pass's first.
   const T* at(int64_t row, int64_t column) const { return all.data() + row * width + column * std::min(rows - row, PAIR); }
 };
+
+// f(first row, rows) for as many rows at a time as leave half of L2 to the weights: x of `bytes` a row is read once for every panel.
+template <class F>
+void in_slices(int64_t rows, int64_t bytes, F f) {
+  const int64_t most = std::max(2 * PAIR, X_BYTES / bytes / PAIR * PAIR);
+  for (int64_t first = 0; first < rows; first += most) f(first, std::min(rows - first, most));
+}
 
 // What a pass works on: rows row .. row + height of x, steps from .. to of a panel, whose first is at w. While it does it fetches `lines` cache
 // lines from `fetch` on for every 2 KB of w.

@@ -180,7 +180,11 @@ void linear(const Linear<float>& a, bool scalar) {
 template <>
 void linear(const Linear<bf16>& a, bool scalar) {
 #ifdef __AMX_TILE__
-  run_tiles(a, scalar);
+  in_slices(a.rows, a.k * 2, [&](int64_t first, int64_t rows) {
+    Linear<bf16> slice = a;
+    slice.x += first * a.k, slice.out += first * a.n, slice.rows = rows;
+    run_tiles(slice, scalar);
+  });
 #else
   if (scalar) return run<Pairs<Scalar>>(a);
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)

@@ -293,7 +293,12 @@ template <int BITS, class T>
 void run(const Linear<T>& a, bool scalar) {
   if (scalar) return run_as<ScalarInts, BITS>(a);
 #ifdef __AMX_TILE__
-  if (BITS == 8) return run_tiles8(a);
+  if (BITS == 8)
+    return in_slices(a.rows, a.k, [&](int64_t first, int64_t rows) {
+      Linear<T> slice = a;
+      slice.x += first * a.k, slice.out += first * a.n, slice.rows = rows;
+      run_tiles8(slice);
+    });
 #endif
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
   if (__builtin_cpu_supports("avx512vnni")) return run_as<VnniInts, BITS>(a);
