@@ -209,6 +209,7 @@ class DraftConfig:
     depth: int | None = None  # draft forwards before a tree of exactly `tree_size` nodes is submitted; None: both as measured times and odds say
     tau: float = 1.0  # how far the draft's probabilities are trusted beside the shared noise
     proactive: bool = True  # keep growing while the verdict is in flight
+    autopilot: bool = True  # an edge leaves the text to the server while drafts do not pay; not with a `depth`
     max_sessions: int = 8
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(max_rows=256))
 

@@ -70,6 +70,7 @@ TABLE: dict[tuple[type, str], tuple[list[Any], list[Any]]] = {
     (DraftConfig, "depth"): ([None, 1, 255], [0, -1, 1.5, NAN, INF]),
     (DraftConfig, "tau"): ([1e-3, 1.0, 5], [0, -1.0, NAN, INF]),
     (DraftConfig, "proactive"): ([True, False], []),
+    (DraftConfig, "autopilot"): ([True, False], []),
     (DraftConfig, "max_sessions"): ([1, 256], [0, -1, 257, 1.5, NAN]),
     (DraftConfig, "engine"): ([EngineConfig()], []),
 }

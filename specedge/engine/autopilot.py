@@ -11,8 +11,9 @@ import math
 FIRST, GROWTH, LONGEST = 32, 4, 8192  # tokens that are left to the server after the first failure, each further one, and at most
 TRIAL = 8  # rounds after which the rates are compared as they are
 DOUBT = 1.5  # before: drafting fails if its rate is below the server's even times 1 + DOUBT / sqrt(rounds)
-BETTER = 1.03  # than the server must a whole trial have been for its draft to be trusted again
-FORGET = 0.93  # of what earlier rounds and tokens count, with every new one
+WORSE, BETTER = 0.95, 1.03  # than the server: drafting is left after a trial; its failures are forgiven. Between them things stay as they are
+FORGET = 0.97  # of what earlier rounds and tokens count, with every new one
+LOOK = 8  # tokens that are left to it once, after a first trial that went well: what it can do alone is not known before
 SMALL = 7  # nodes of a tree on trial, which may be in vain
 
 
@@ -45,12 +46,16 @@ class Autopilot:
 
     def drafted(self, tokens: int, seconds: float | None, step: float) -> None:
         """A round brought `tokens`, `seconds` after those before; None: nobody knows. The server's step took `step` seconds, 0: it did not say."""
+        if self._alone > 0:  # another text's last tree came back after the decision
+            return
         self._rounds += 1
         self._accepted += tokens - 1
         self._floor = min(self._floor, step or math.inf)
         if seconds is not None:
             self._drafted = [FORGET * self._drafted[0] + tokens, FORGET * self._drafted[1] + seconds]
-        if not self._pays():
+        if self._rounds == TRIAL and not self._plain[1] and self._pays():
+            self._alone = LOOK
+        elif not self._pays():
             self._alone = self._pause
             self._pause = min(LONGEST, GROWTH * self._pause)
             self._drafted, self._rounds, self._accepted = [0.0, 0.0], 0, 0
@@ -60,11 +65,11 @@ class Autopilot:
             return False  # a round for every token: the server needs no trip for that
         tokens, seconds = self._drafted
         plain = self._plain[0] / self._plain[1] if self._plain[1] else 1 / self._floor
-        if not seconds or self._rounds < 3:
+        if not seconds or self._rounds < (1 if self.on_trial else 2):
             return True
         ratio = tokens / seconds / plain
         if self._rounds < TRIAL:
             return ratio * (1 + DOUBT / math.sqrt(self._rounds)) > 1
         if ratio > BETTER and self._plain[1]:
             self._pause = FIRST
-        return ratio > 1
+        return ratio > WORSE

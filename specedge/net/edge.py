@@ -23,6 +23,7 @@ from pathlib import Path
 import zmq
 
 from specedge.config import DraftConfig, SamplingParams, SpecedgeError, is_batch
+from specedge.engine.autopilot import FIRST, SMALL, Autopilot
 from specedge.engine.drafter import Drafter, Session
 from specedge.engine.request import Chunk, Completion, Output
 from specedge.net import wire
@@ -43,6 +44,8 @@ class Text:
     output: Output
     inbox: "queue.SimpleQueue[Chunk | SpecedgeError]" = field(default_factory=queue.SimpleQueue)
     session: Session | None = None
+    heard: float | None = None  # when the last verdict came
+    streaming: bool = False  # it was one of this round, in which others follow
 
     @property
     def id(self) -> bytes:
@@ -71,6 +74,7 @@ class Edge:
         if isinstance(tokenizer, str | Path):
             tokenizer = Tokenizer.from_dir(Path(tokenizer))
         self._drafter = draft
+        self._pilot = Autopilot() if draft and draft.config.autopilot and draft.config.depth is None else None
         self.tokenizer = tokenizer or (draft.tokenizer if draft else None)
         if draft and draft.tokenizer and self.tokenizer and draft.tokenizer.digest() != self.tokenizer.digest():
             raise ServerError("the draft has another tokenizer than the one that was named: a draft must share the server's vocabulary")
@@ -217,7 +221,8 @@ class Edge:
                 if text.rounds.sent is None and (text.session is None or (self._drafter and self._drafter.ready(text.session))):
                     self._submit(text)
                 self._speak(text)  # only now: after a stall the verdict may have been waiting in the socket
-            self._rest(0.0 if self._grow() else 60.0)
+            pause = self._drafter.pause() if self._drafter is not None else 60.0
+            self._rest(pause or (0.0 if self._grow() else 60.0))
 
     def _rest(self, seconds: float) -> None:
         """Wait for something to happen, or for the next moment at which a text has something to say."""
@@ -265,17 +270,36 @@ class Edge:
             r.connect(self._link.address, time.monotonic())
         if self._drafter is not None and self._drafter.config.tree_size:
             text.session = self._drafter.open(r.tokens, r.params, r.limit, frozenset(r.stop), r.vocab)
+            self._steer(text)
+
+    def _steer(self, text: Text) -> None:
+        """Decide who writes on: draft and server together, or, while a round is no better than a step, the server alone."""
+        if text.session is not None and self._drafter is not None:
+            alone = self._alone(text) > 0
+            if alone != text.session.asleep:
+                self._drafter.sleep(text.session, alone)
+
+    def _alone(self, text: Text) -> int:
+        """Tokens to leave to the server; 0: draft."""
+        if text.rounds.budget == 0:
+            return FIRST
+        return self._pilot.alone if self._pilot is not None else 0
 
     def _submit(self, text: Text) -> None:
-        """Begin the next round: the tree, or, where nothing can be drafted any more, leave to decode alone."""
-        tree = EMPTY
-        if text.session is not None and self._drafter is not None:
-            if text.session.exhausted:
-                self._drafter.cancel(text.session)
-                text.session = None
-            else:
-                tree = self._drafter.submit(text.session, min(self._drafter.config.tree_size, text.rounds.budget))
-        text.rounds.offer(tree, text.session is None, time.monotonic())
+        """Begin the next round: the tree, or, where nothing is drafted, leave to decode alone."""
+        tree, r, until = EMPTY, text.rounds, 0
+        if text.session is not None and self._drafter is not None and text.session.exhausted:
+            self._drafter.cancel(text.session)
+            text.session = None
+        if text.session is None or self._drafter is None:
+            until = r.limit
+        elif text.session.asleep:
+            until = len(r.tokens) + max(1, self._alone(text))
+        else:
+            most = min(r.budget, SMALL) if self._pilot is not None and self._pilot.on_trial else r.budget
+            tree = self._drafter.submit(text.session, self._drafter.size(text.session, most))
+        r.offer(tree, until, time.monotonic())
+        text.streaming = False
 
     def _speak(self, text: Text) -> None:
         """Say what is due, and give up on a text that has not moved for too long."""
@@ -319,13 +343,30 @@ class Edge:
         s = text.output.speculation
         s = replace(s, rounds=s.rounds + 1, drafted=s.drafted + len(step.tree), accepted=s.accepted + len(step.path))
         if text.session is not None and self._drafter is not None and not step.finish:
-            hit = self._drafter.verdict(text.session, step.row, step.tokens)
-            s = replace(s, hits=s.hits + hit, misses=s.misses + (not hit))
+            hit = self._drafter.verdict(text.session, step.row, step.tokens, step.served)
+            if not text.session.asleep:
+                s = replace(s, hits=s.hits + hit, misses=s.misses + (not hit))
+            self._learn(text, step)
         text.output.speculation = s
         chunk = text.output.add(step.path + step.tokens, step.finish)
         text.inbox.put(chunk)
         if chunk.completion:  # perhaps before the server knows: stop strings are looked for here
             self._end(text, wire.Close(text.id))
+
+    def _learn(self, text: Text, step: Step) -> None:
+        """Tell the autopilot how fast this text goes on, and follow it where a round has ended."""
+        assert text.session is not None
+        now, before = time.monotonic(), text.heard
+        text.heard = now
+        if self._pilot is not None and step.served is not None:  # else it was caught up with after a loss
+            seconds = None if before is None else now - before
+            if not text.session.asleep:
+                self._pilot.drafted(len(step.path) + len(step.tokens), seconds, step.served.seconds)
+            else:
+                self._pilot.streamed(len(step.tokens), seconds if text.streaming else None)
+                text.streaming = True
+        if text.rounds.sent is None:
+            self._steer(text)
 
     def _send(self, text: Text, message: wire.Message) -> None:
         size = self._link.send(message)

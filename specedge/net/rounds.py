@@ -11,6 +11,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from specedge.config import SamplingParams
+from specedge.engine.pace import Served
 from specedge.net import wire
 from specedge.net.client import ServerError
 from specedge.net.sampling import pack_sampling
@@ -26,13 +27,14 @@ REBUILD = ("session", "offset", "round", "base", "internal")  # codes that a ses
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a verdict brought: the path to `row` of the tree, and what follows it."""
+    """What a verdict brought: the path to `row` of the tree, and what follows it. `served`: how it was verified, if that was said."""
 
     row: int
     path: list[int]
     tokens: list[int]
     finish: str
     tree: TokenTree
+    served: Served | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +52,7 @@ class Rounds:
     id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     round: int = 0
     sent: TokenTree | None = None  # awaits its verdict
-    alone: bool = False  # the server decodes by itself and streams
+    until: int = 0  # the length to which the server decodes by itself, streaming; 0: it does not
     known: bool = False  # the server may have heard of the session, and wants to be told of its end
     why: str = ""  # what holds the text up
     _open: bool = False  # the server has, or is about to have, the session
@@ -71,9 +73,9 @@ class Rounds:
         self.known = self.known and self._asked
         self._server, self._at = server, now
 
-    def offer(self, tree: TokenTree, alone: bool, now: float) -> None:
-        """Begin the next round. `alone`: the server is to decode on by itself."""
-        self.round, self.sent, self.alone = self.round + 1, tree, alone
+    def offer(self, tree: TokenTree, until: int, now: float) -> None:
+        """Begin the next round. `until`: the length to which the server is to decode on by itself; 0: no further than the tree."""
+        self.round, self.sent, self.until = self.round + 1, tree, min(until, self.limit)
         if self._open:
             self._at = self.heard = now
 
@@ -149,8 +151,7 @@ class Rounds:
         return messages
 
     def _draft(self, tree: TokenTree) -> wire.Message:
-        until = self.limit if self.alone else 0
-        return wire.Draft(self.id, self.round, len(self.tokens), wire.pack_ids(tree.tokens), tree.parents.tobytes(), until)
+        return wire.Draft(self.id, self.round, len(self.tokens), wire.pack_ids(tree.tokens), tree.parents.tobytes(), self.until)
 
     def _verdict(self, m: wire.Verdict, now: float) -> Step | None:
         known = len(self.tokens)
@@ -167,10 +168,11 @@ class Rounds:
             tokens, path = [], []
         if not tokens or max(tokens) >= self.vocab or known + len(path) + len(tokens) > self.limit:
             raise ServerError("the server sent a verdict that does not continue this text")
-        step = Step(m.row, path, tokens, wire.FINISH[m.finish], self.sent)
+        served = Served(m.verify_us / 1e6, m.verified) if m.verified and m.verify_us else None
+        step = Step(m.row, path, tokens, wire.FINISH[m.finish], self.sent, served)
         self.tokens += path + tokens
         self.budget, self.why, self._rebuilds = m.row_budget, "", 0
-        self.sent = EMPTY if self.alone else None
+        self.sent = EMPTY if len(self.tokens) < self.until else None
         return step
 
     def _error(self, m: wire.Error, now: float) -> None:

@@ -40,7 +40,7 @@ from specedge.net.wire import (
     Verdict,
     pack_ids,
 )
-from specedge.tree import EMPTY, make_tree
+from specedge.tree import EMPTY, TokenTree, make_tree
 from tests.helpers import check_empty, engine, random_model
 from tests.net.test_sessions import VOCAB, likely
 
@@ -235,6 +235,35 @@ def test_a_long_text_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(type(m), getattr(m, "offset", 0)) for m in r.speak(0.0, LEASE)] == [(Open, 0), (Prompt, 5), (Prompt, 12), (Prompt, 19)]
 
 
+def test_the_server_decodes_for_a_while(models: tuple[Engine, Engine]) -> None:
+    """It stops where it was told to; the next round is a tree, and one behind it leaves the rest to the server."""
+    target, oracle = models
+    goal = [1, 2, 3, *oracle.generate([[1, 2, 3]], GREEDY)[0].token_ids]
+    sessions, peer, r = Sessions(target), Peer(b"1"), begin()
+    sessions.handle(peer, Hello("test", b""), 0.0)
+    r.connect("a", 0.0)
+
+    def go(tree: TokenTree, until: int, steps: int) -> None:
+        r.offer(tree, until, 0.0)
+        for m in r.speak(0.0, LEASE):
+            for _, answer in sessions.handle(peer, m, 0.0):
+                r.take(answer, 0.0)
+        for _ in range(steps):
+            for _, answer in sessions.verdicts(target.step(), 0.0, 0.01):
+                r.take(answer, 0.0)
+        assert r.sent is None and r.tokens == goal[: len(r.tokens)] and not target.busy
+
+    go(EMPTY, 6, 3)
+    assert len(r.tokens) == 6
+    go(likely(goal[6:8]), 0, 1)
+    assert len(r.tokens) == 9
+    go(EMPTY, 10, 1)
+    go(EMPTY, 99, 3)
+    assert r.tokens == goal and r.round == 4
+    assert [type(a) for _, a in sessions.handle(peer, Close(r.id), 0.0)] == []
+    check_empty(target)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # everything at once
 
@@ -327,10 +356,12 @@ class Machine(RuleBasedStateMachine):
         self.connect(c)
         return c
 
-    @rule(c=clients, right=st.integers(0, 12), alone=st.booleans())
-    def draft(self, c: Client, right: int, alone: bool) -> None:
+    @rule(c=clients, right=st.integers(0, 12), alone=st.sampled_from([0, 0, 1, 4, 99]))
+    def draft(self, c: Client, right: int, alone: int) -> None:
+        """A tree, or leave the next `alone` tokens to the server."""
         if c.rounds.sent is None and not c.finished:
-            c.rounds.offer(EMPTY if alone else likely(c.goal[len(c.rounds.tokens) :][:right]), alone, self.now)
+            known = len(c.rounds.tokens)
+            c.rounds.offer(EMPTY if alone else likely(c.goal[known:][:right]), known + alone if alone else 0, self.now)
 
     @rule(c=clients)
     def say(self, c: Client) -> None:
