@@ -22,7 +22,7 @@ class Autopilot:
 
     def __init__(self) -> None:
         self._plain = [0.0, 0.0]  # tokens, seconds: of the server alone
-        self._drafted = [0.0, 0.0]  # and with drafts, since they were last taken up
+        self._drafted = [0.0, 0.0, 0.0]  # tokens, seconds, rounds: with drafts, since they were last taken up
         self._rounds = self._accepted = 0  # since then
         self._floor = math.inf  # the shortest step that the server has told of: alone it is not slower
         self._pause = FIRST
@@ -52,20 +52,24 @@ class Autopilot:
         self._accepted += tokens - 1
         self._floor = min(self._floor, step or math.inf)
         if seconds is not None:
-            self._drafted = [FORGET * self._drafted[0] + tokens, FORGET * self._drafted[1] + seconds]
+            self._drafted = [FORGET * old + new for old, new in zip(self._drafted, (tokens, seconds, 1), strict=True)]
         if self._rounds == TRIAL and not self._plain[1] and self._pays():
             self._alone = LOOK
         elif not self._pays():
             self._alone = self._pause
             self._pause = min(LONGEST, GROWTH * self._pause)
-            self._drafted, self._rounds, self._accepted = [0.0, 0.0], 0, 0
+            self._drafted, self._rounds, self._accepted = [0.0, 0.0, 0.0], 0, 0
 
     def _pays(self) -> bool:
         if self._rounds >= (2 if self.on_trial else 3) and self._accepted == 0:
             return False  # a round for every token: the server needs no trip for that
-        tokens, seconds = self._drafted
+        tokens, seconds, rounds = self._drafted
         plain = self._plain[0] / self._plain[1] if self._plain[1] else 1 / self._floor
-        if not seconds or self._rounds < (1 if self.on_trial else 2):
+        if not rounds:
+            return True
+        if (1 + SMALL) * rounds / seconds < plain:
+            return False  # so slow that not even good drafts could make up for it
+        if self._rounds < 3:
             return True
         ratio = tokens / seconds / plain
         if self._rounds < TRIAL:
