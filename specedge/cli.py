@@ -225,8 +225,10 @@ def _text_arguments(g: argparse.ArgumentParser) -> None:
     g.add_argument("--ignore-eos", action=SWITCH, default=False, help="do not stop at the model's end of text")
     g.add_argument("--seed", type=int, metavar="S", help="repeats a sampled text (default: a random one, which is reported)")
     g.add_argument("--priority", choices=PRIORITIES, default="interactive", help="batch: idle rows of the server will do (default: %(default)s)")
-    g.add_argument("--tree-size", type=int, default=31, metavar="N", help="nodes drafted per round (default: %(default)s)")
+    g.add_argument("--tree-size", type=int, default=31, metavar="N", help="nodes drafted per round at most (default: %(default)s)")
+    g.add_argument("--depth", type=int, metavar="N", help="forwards a tree, all of its nodes sent (default: as measured times and odds say)")
     g.add_argument("--proactive", action=SWITCH, default=True, help="draft while a verdict is in flight")
+    g.add_argument("--autopilot", action=SWITCH, default=True, help="leave the text to the server while drafting does not pay")
     _device_arguments(g)
 
 
@@ -265,7 +267,8 @@ def _open_edge(args: argparse.Namespace) -> "Edge":
     tokenizer = args.tokenizer or (DEMO / "draft" if args.demo else None)
     if draft is None and tokenizer is None:
         raise SpecedgeError("without a draft the tokenizer must be named: --tokenizer DIR")
-    config, progress = DraftConfig(tree_size=args.tree_size, proactive=args.proactive, max_sessions=1), sys.stderr.isatty()
+    config = DraftConfig(tree_size=args.tree_size, depth=args.depth, proactive=args.proactive, autopilot=args.autopilot, max_sessions=1)
+    progress = sys.stderr.isatty()
     return Edge(args.server, draft, tokenizer=tokenizer, key=args.key, config=config, device=args.device, dtype=args.dtype, progress=progress)
 
 
