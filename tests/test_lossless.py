@@ -5,6 +5,7 @@
 
 import dataclasses
 import itertools
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from specedge.cli import DEMO
 from specedge.config import DraftConfig, EngineConfig, SamplingParams
+from specedge.engine.autopilot import Autopilot
 from specedge.engine.drafter import Drafter
 from specedge.engine.engine import Engine
 from specedge.engine.speculative import SpeculativeEngine
@@ -60,8 +62,9 @@ def params(temperature: float) -> SamplingParams:
     return SamplingParams(temperature, TOKENS, seed=21)
 
 
-def drafter(path: Path, size: int) -> Drafter:
-    return Drafter.from_pretrained(path, DraftConfig(tree_size=size, engine=EngineConfig(kv_tokens=2048, max_rows=256)), device="cpu")
+def drafter(path: Path, size: int, depth: int | None = None) -> Drafter:
+    config = DraftConfig(tree_size=size, depth=depth, engine=EngineConfig(kv_tokens=2048, max_rows=256))
+    return Drafter.from_pretrained(path, config, device="cpu")
 
 
 @pytest.mark.parametrize("cell", list(cells()))
@@ -70,7 +73,7 @@ def test_ids_are_equal(cell: Cell, engine: Engine, truth: dict[float, list[list[
     clever = scheduling == "clever"
     engine.runner.sizes = dataclasses.replace(engine.runner.sizes, admission=clever)
     want, prompts = truth[temperature][:sessions], PROMPTS[:sessions]
-    here = SpeculativeEngine(engine, drafter(drafts[draft], size))
+    here = SpeculativeEngine(engine, drafter(drafts[draft], size, depth=12))  # a shape that does not depend on times; the edge's does
     done = here.generate(prompts, params(temperature))
     assert [c.token_ids for c in done] == want
     check_empty(engine)
@@ -92,6 +95,31 @@ def test_the_server_alone_streams_the_same_ids(engine: Engine, truth: dict[float
     with Server(engine) as server, Edge(server.address, tokenizer=Tokenizer.from_dir(DEMO / "target")) as edge:
         for t in TEMPERATURES:
             assert [c.token_ids for c in edge.generate(PROMPTS, params(t))] == truth[t]
+
+
+class Fickle(Autopilot):
+    """Changes its mind all the time."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.rng, self.drafts, self.streams = random.Random(seed), 0, 0
+
+    def drafted(self, tokens: int, seconds: float | None, step: float) -> None:
+        self._alone = self.rng.choice([0, 0, 1, 2, 7])
+        self.drafts += 1
+
+    def streamed(self, tokens: int, seconds: float | None) -> None:
+        super().streamed(tokens, seconds)
+        self.streams += 1
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_ids_do_not_depend_on_who_writes(engine: Engine, truth: dict[float, list[list[int]]], temperature: float) -> None:
+    """Rounds and streams follow each other in any order, in six texts at once."""
+    with Server(engine) as server, Edge(server.address, drafter(DEMO / "draft", 15)) as edge:
+        edge._pilot = pilot = Fickle(int(temperature * 10))
+        assert [c.token_ids for c in edge.generate(PROMPTS, params(temperature))] == truth[temperature]
+        assert pilot.drafts > 10 and pilot.streams > 10
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])

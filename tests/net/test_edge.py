@@ -627,7 +627,8 @@ def server(model: Path) -> Iterator[Server]:
 
 DRAFTS: dict[str, dict[str, object] | None] = {  # name: how the draft differs from the target, and its config from the usual one
     "no draft": None,
-    "the target itself": {"seed": 3},
+    "the target itself": {"seed": 3, "depth": 12},
+    "the target itself, as it pays": {"seed": 3},
     "a stranger": {"seed": 4},
     "a stranger of another shape": {"seed": 4, "hidden_size": 32, "num_hidden_layers": 1},
     "a small vocabulary": {"seed": 4, "vocab_size": 60},
