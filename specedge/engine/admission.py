@@ -64,7 +64,7 @@ def admit(curves: Sequence[NDArray[np.float64]], rows: int, answers: int, contex
     """How many nodes of every tree make the best step. `curves`: the survival of each tree's nodes, never rising; beside them the step has `rows`
     rows, answers `answers` sequences and reads `context` tokens; at most `limit` nodes are admitted."""
     survival = np.concatenate([*curves, np.zeros(0)])
-    order = np.argsort(-survival, kind="stable")[: max(0, limit)]  # stable: the nodes of a tree stay in order, so each set is one of prefixes
+    order = np.argsort(-survival, kind="stable")[: max(0, limit)]  # among equals whoever comes first; no curve rises, so each set is one of prefixes
     gain = answers + np.concatenate([[0.0], np.cumsum(survival[order])])
     rate = gain / (away + cost.times(rows + np.arange(len(gain)), context))
     best = len(rate) - 1 - int(np.argmax(rate[::-1]))  # the most among equals
