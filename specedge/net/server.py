@@ -32,7 +32,7 @@ from specedge.net.sessions import Peer, Reply, Sessions
 log = logging.getLogger(__name__)
 INBOX = 256  # messages that may wait for the engine: of the largest size they are 16 MB
 IDLE = 0.1  # seconds after which an engine without work looks up
-PAUSE = 0.001  # seconds after a turn in which nobody spoke who is heard, so that frames of a flood come in heaps
+PAUSE = 0.002  # seconds after a turn in which nobody spoke who is heard, so that frames of a flood come in heaps
 TO_NO_PURPOSE = (wire.Error, wire.Welcome, wire.Opened, wire.Resumed, wire.NeedPrefill, wire.Gone)  # answers to what brings no text on
 UNANSWERED = (wire.Lease, wire.Cancel, wire.Close, wire.Prompt)
 BUSY = 0.1  # of an idle question: who waits for a place in a full server has to ask
