@@ -72,10 +72,10 @@ class Doorman:
         self._known(self._routes.get(route, -1))
 
     def charge(self, route: bytes, questions: float, now: float) -> None:
-        """A connection has asked something that brought nothing on; who does so too often is not heard for a while. To an edge that is a network that
-        loses frames."""
+        """A connection has asked something that brought nothing on, or, with less than 0, something that did; who does too much of the former is not
+        heard for a while. To an edge that is a network that loses frames."""
         if guest := self._guests.get(self._routes.get(route, -1)):
-            guest.asked, guest.at = max(0.0, guest.asked - (now - guest.at) * RATE) + questions, now
+            guest.asked, guest.at = max(0.0, guest.asked - (now - guest.at) * RATE + questions), now
             if guest.asked > SAVED:
                 guest.asked, guest.muted = SAVED, now + MUTE
 

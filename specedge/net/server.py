@@ -35,6 +35,7 @@ IDLE = 0.1  # seconds after which an engine without work looks up
 PAUSE = 0.002  # seconds after a turn in which nobody spoke who is heard, so that frames of a flood come in heaps
 TO_NO_PURPOSE = (wire.Error, wire.Welcome, wire.Opened, wire.Resumed, wire.NeedPrefill, wire.Gone)  # answers to what brings no text on
 UNANSWERED = (wire.Lease, wire.Cancel, wire.Close, wire.Prompt)
+PURPOSE = -4.0  # what a verified row makes good: a text may begin and end with it
 BUSY = 0.1  # of an idle question: who waits for a place in a full server has to ask
 Inbound = tuple[Peer, wire.Message | None, float] | frozenset[str]  # and when it came; None: the peer is gone; a set: users who may be here no more
 
@@ -277,7 +278,9 @@ class Server:
     def _send(self, peer: Peer, message: wire.Message) -> None:
         if isinstance(message, wire.Welcome):
             self._doorman.welcomed(peer.route)
-        if isinstance(message, TO_NO_PURPOSE) or (isinstance(message, wire.Verdict) and not message.verified):
+        if isinstance(message, wire.Verdict):
+            self._doorman.charge(peer.route, PURPOSE if message.verified else 1.0, time.monotonic())
+        elif isinstance(message, TO_NO_PURPOSE):
             self._doorman.charge(peer.route, 1.0, time.monotonic())
         elif isinstance(message, wire.Busy):
             self._doorman.charge(peer.route, BUSY, time.monotonic())

@@ -117,15 +117,20 @@ def test_who_asks_too_often_is_not_heard_for_a_while(
         raw.send(Close(X))
 
 
-def test_rounds_are_no_idle_questions(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_and_short_texts_are_no_idle_questions(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there are."""
-    monkeypatch.setattr(doorman_module, "SAVED", 5.0)
+    monkeypatch.setattr(doorman_module, "SAVED", 8.0)
+    monkeypatch.setattr(doorman_module, "RATE", 1.0)
     with Raw(server) as raw:
         raw.open(most=200)
         for number in range(1, 101):
             raw.send(Draft(X, number, len(PROMPT) + number - 1, b"", b""))
             assert isinstance(raw.receive(), Verdict)
         raw.send(Close(X))
+        for _ in range(50):
+            raw.open(most=1)
+            assert len(raw.text()) == 1
+            raw.send(Close(X))
 
 
 def test_only_the_connection_that_came_is_shut_down(server: Server) -> None:

@@ -108,7 +108,7 @@ def test_frames_of_all_kinds_in_front_of_the_sessions(model: Path, frames: int) 
     check_empty(target)
 
 
-@pytest.mark.parametrize("frames", [2_000, pytest.param(100_000, marks=[pytest.mark.full, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("frames", [1_500, pytest.param(100_000, marks=[pytest.mark.full, pytest.mark.timeout(900)])])
 def test_frames_of_all_kinds_through_a_socket(model: Path, frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an honest edge on the same server all the while, and a third of the messages in several frames."""
     monkeypatch.setattr("specedge.net.doorman.SAVED", 1e9)  # all of them are to be heard

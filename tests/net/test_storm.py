@@ -118,7 +118,7 @@ class User:
             self.wrong.append((i, ids))
 
 
-@pytest.mark.parametrize("faults", [30, LONG])
+@pytest.mark.parametrize("faults", [24, LONG])
 def test_every_text_survives_the_storm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: int) -> None:
     monkeypatch.setattr(rounds_module, "RESEND", 0.15)
     monkeypatch.setattr(link_module, "LONGEST", 0.2)
