@@ -22,6 +22,9 @@ SHAPES = {
     "60m": ModelConfig(512, 8, 8, 2, 64, 1536, 32000, 1e-6, 1e6, 8192, True),
     "0.5b": ModelConfig(896, 24, 14, 2, 64, 4864, 151936, 1e-6, 1e6, 8192, True),  # as Qwen2.5-0.5B
     "1.5b": ModelConfig(1536, 28, 12, 2, 128, 8960, 151936, 1e-6, 1e6, 8192, True),  # as Qwen2.5-1.5B
+    "qwen3-0.6b": ModelConfig(1024, 28, 16, 8, 128, 3072, 151936, 1e-6, 1e6, 40960, True, qk_norm=True),
+    "llama-3.1-8b": ModelConfig(4096, 32, 32, 8, 128, 14336, 128256, 1e-5, 5e5, 131072, False),
+    "qwen3-14b": ModelConfig(5120, 40, 40, 8, 128, 17408, 151936, 1e-6, 1e6, 40960, False, qk_norm=True),
 }
 
 
@@ -76,9 +79,11 @@ def random_runner(c: ModelConfig, sizes: EngineConfig, device: torch.device, dty
 
     ones = torch.ones(c.hidden, device=device, dtype=dtype)
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    of_head = torch.ones(c.head_dim, device=device, dtype=dtype)
+    qk_norm = (of_head, of_head) if c.qk_norm else None
     layers = tuple(
         LayerWeights(
-            ones, linear(q + 2 * kv, c.hidden), linear(c.hidden, q), ones, linear(2 * c.ffn, c.hidden), linear(c.hidden, c.ffn)
+            ones, linear(q + 2 * kv, c.hidden), linear(c.hidden, q), ones, linear(2 * c.ffn, c.hidden), linear(c.hidden, c.ffn), qk_norm
         )
         for _ in range(c.layers)
     )  # fmt: skip

@@ -26,8 +26,8 @@ RATE = {"float32": ("float32_gflop_per_s", 1), "bfloat16": ("gemm_gflop_per_s", 
 Case = tuple[str, float, float, str, Callable[[], object]]  # name, bytes, operations, of which kind, one call
 
 
-def linears(c: ModelConfig, name: str) -> list[Case]:
-    """The layers of shape `c` with weights of dtype `name`."""
+def linears(c: ModelConfig, name: str, rotate: float = ROTATE) -> list[Case]:
+    """The layers of shape `c` with weights of dtype `name`, `rotate` bytes of which take turns."""
     dtype, bits = DTYPES[name]
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     cases: list[Case] = []
@@ -38,7 +38,7 @@ def linears(c: ModelConfig, name: str) -> list[Case]:
     for what, (n, k) in sizes.items():
         weight = (torch.randn(n, k) / k**0.5).to(dtype)
         size = n * k * WIDTH[name]
-        turns = itertools.cycle([Linear(weight, bits=bits) for _ in range(1 + int(ROTATE / size))])
+        turns = itertools.cycle([Linear(weight, bits=bits) for _ in range(1 + int(rotate / size))])
         for rows in ROWS if what != "head" else ROWS[:-1]:
             x = torch.randn(rows, k).to(dtype)
             moved = size + rows * (n + k) * dtype.itemsize

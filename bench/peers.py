@@ -39,19 +39,20 @@ class Peer(Protocol):
 
 
 class Transformers:
-    """Qwen2ForCausalLM in bfloat16 with SDPA and the cache that its `generate` takes."""
+    """Qwen2ForCausalLM, or Qwen3 where heads are normed, in bfloat16 with SDPA and the cache that its `generate` takes."""
 
     def __init__(self, c: ModelConfig, device: torch.device) -> None:
         import transformers
 
         self.api: Any = transformers
         self.version = f"transformers {transformers.__version__}"
-        self.config = self.api.Qwen2Config(
+        self.config = (self.api.Qwen3Config if c.qk_norm else self.api.Qwen2Config)(
             hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, intermediate_size=c.ffn,
             vocab_size=c.vocab, rms_norm_eps=c.norm_eps, max_position_embeddings=c.max_positions, tie_word_embeddings=c.tied,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, **({"head_dim": c.head_dim} if c.qk_norm else {}),
         )  # fmt: skip
-        self.model = self.api.AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16).to(device).eval()
+        with device:  # weights are drawn there: on a CPU those of an 8B model would take minutes
+            self.model = self.api.AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16).eval()
         self.shape, self.device = (c.layers, c.kv_heads, c.head_dim), device
         self.cache: Any = None
         self.cached = (0, 0)

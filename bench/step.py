@@ -26,7 +26,8 @@ from bench.common import SHAPES, gemm_ceiling, random_runner, stream_ceiling, we
 from bench.peers import NAMES, make_peer
 from specedge import __version__, kernels
 from specedge.config import EngineConfig, ModelConfig, SpecedgeError
-from specedge.engine.runner import choose
+from specedge.engine.batch import BatchBuilder
+from specedge.engine.runner import Runner, choose
 
 CASES: list[Case] = []
 for _context in (128, 1024, 4096):  # contexts in turn, because one peer fills its cache by running the tokens
@@ -49,29 +50,38 @@ class Ours:
         """Nothing: a pass never writes to pages."""
 
     def step(self, kind: str, sequences: int, rows: int, context: int) -> None:
-        runner, batch = self.runner, self.runner.batch()
-        need = -(-context // runner.sizes.page_size)
-        for s in range(sequences):
-            first = batch.rows
-            # a tree of two chains below its root: what matters for time is how many rows there are and that they are no chunk
-            anc = None if kind != "verify" else [1 | sum(1 << j for j in range(1, i + 1) if j % 2 == i % 2) for i in range(rows)]
-            positions = [context + (i if kind != "verify" else (i + 1) // 2) for i in range(rows)]
-            wanted = [rows - 1] if kind == "prompt" else list(range(rows))
-            table = list(range(s * need, (s + 1) * need))
-            batch.add([1] * rows, positions, list(range(first, first + rows)), (first, rows), context, table, anc, wanted)
-        runner.run(batch)
+        self.runner.run(case_batch(self.runner, (kind, sequences, rows, context)))
 
 
-def floor_ms(c: ModelConfig, width: float, kv_size: int, case: Case, gb_per_s: float, gflop_per_s: float) -> float:
-    """The least time of a case, with weights of `width` bytes and K/V of `kv_size`: its bytes at the streaming rate or its operations at the
-    GEMM rate."""
+def case_batch(runner: Runner, case: Case) -> BatchBuilder:
+    """The batch of a case; its sequences hold the first pages."""
+    kind, sequences, rows, context = case
+    batch, need = runner.batch(), -(-context // runner.sizes.page_size)
+    for s in range(sequences):
+        first = batch.rows
+        # a tree of two chains below its root: what matters for time is how many rows there are and that they are no chunk
+        anc = None if kind != "verify" else [1 | sum(1 << j for j in range(1, i + 1) if j % 2 == i % 2) for i in range(rows)]
+        positions = [context + (i if kind != "verify" else (i + 1) // 2) for i in range(rows)]
+        wanted = [rows - 1] if kind == "prompt" else list(range(rows))
+        table = list(range(s * need, (s + 1) * need))
+        batch.add([1] * rows, positions, list(range(first, first + rows)), (first, rows), context, table, anc, wanted)
+    return batch
+
+
+def work(c: ModelConfig, width: float, kv_size: int, case: Case) -> tuple[float, float]:
+    """Bytes and operations of a case, with weights of `width` bytes and K/V of `kv_size`: weights and K/V once, every product once."""
     kind, sequences, rows, context = case
     total = sequences * rows
     weights = weight_bytes(c, width)
     heads = total if kind != "prompt" else 1  # rows that pass through the output head
     flops = 2 * (weights / width - c.vocab * c.hidden) * total + 2 * c.vocab * c.hidden * heads
     flops += 4 * total * (context + rows) * c.heads * c.head_dim * c.layers
-    moved = weights + sequences * context * c.kv_bytes_per_token(kv_size)
+    return weights + sequences * context * c.kv_bytes_per_token(kv_size), flops
+
+
+def floor_ms(c: ModelConfig, width: float, kv_size: int, case: Case, gb_per_s: float, gflop_per_s: float) -> float:
+    """The least time of a case: its bytes at the streaming rate or its operations at the GEMM rate."""
+    moved, flops = work(c, width, kv_size, case)
     return max(moved / gb_per_s, flops / gflop_per_s) / 1e6
 
 
