@@ -38,13 +38,13 @@ class FlashInfer:
         self.kinds = {"q_data_type": x.dtype, "kv_data_type": x.dtype, "sm_scale": x.scale}
 
     def _steps(self, size: int) -> Tensor:
-        """[0, size, 2 size, ...] over the sequences, on the host: a plan reads it there."""
-        return torch.arange(0, (self.x.shape.batch + 1) * size, max(1, size), dtype=torch.int32)[: self.x.shape.batch + 1]
+        """[0, size, 2 size, ...] over the sequences, on the device: masks are packed there."""
+        return torch.arange(self.x.shape.batch + 1, dtype=torch.int32, device=self.x.device) * size
 
     def _paged(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """indptr, indices and length of the last page for the first `length` tokens of every sequence."""
         pages = -(-length // PAGE)
-        last = torch.full((self.x.shape.batch,), (length - 1) % PAGE + 1, dtype=torch.int32)
+        last = torch.full((self.x.shape.batch,), (length - 1) % PAGE + 1, dtype=torch.int32, device=self.x.device)
         return self._steps(pages), self.x.table[:, :pages].flatten().contiguous(), last
 
     def _prefill(self, length: int, backend: str, **mask: Any) -> Any:
@@ -177,5 +177,5 @@ def warm(lab: Lab) -> None:
     lab.each("peers", {b: lambda b=b: try_out(b) for b in BACKENDS})  # type: ignore[misc]
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # record, end of its time, --dry-run
     warm(Lab(Log(Path(sys.argv[1])), float(sys.argv[2]), "--dry-run" in sys.argv))

@@ -133,7 +133,9 @@ def profile_tables(cells: dict[str, Record]) -> list[str]:
 def page(log: Log) -> str:
     """All of it."""
     top, machine = roof(log), log.results("ceilings").get("machine", {})
-    lines = ["# A GPU run", "", ", ".join(f"{k} {shown(v)}" for k, v in machine.items() if k not in ("section", "key")), ""]
+    dry = log.results("run").get("command", {}).get("dry")
+    lines = ["# A GPU run" + (": a dry run, every time is made up" if dry else ""), ""]
+    lines += [", ".join(f"{k} {shown(v)}" for k, v in machine.items() if k not in ("section", "key")), ""]
     lines += [f"Ceilings: copy {top.gb_per_s:.0f} GB/s (read + written), bf16 product {top.tflop_per_s:.0f} TFLOP/s.", ""]
     lines += ["## Targets", "", *table("target | reached | verdict", targets(log))]
     products = [(k, r["us"], r["tflop_per_s"]) for k, r in log.results("ceilings").items() if "tflop_per_s" in r]
