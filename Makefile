@@ -1,10 +1,14 @@
-# Two commands: `make demo` and `make test`. Both make .venv and install into it first; pip shows its progress.
+# Two commands: `make demo` and `make test`. Both make .venv and install into it first; pip shows its progress. `make bench-gpu` installs nothing.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --disable-pip-version-check --constraint constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test test-full clean
+# where a GPU is: in the environment if there is one, else by the system's Python
+BENCH_PYTHON := $(if $(wildcard $(PYTHON)),$(PYTHON),python3)
+OUT ?= bench/results
+
+.PHONY: demo test test-full bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(PYTHON) tools/demo.py
@@ -16,6 +20,9 @@ test: $(VENV)/.installed-dev
 
 test-full: $(VENV)/.installed-dev
 	$(PYTHON) -m pytest -m "not gpu"
+
+bench-gpu:
+	$(BENCH_PYTHON) -m bench.gpu --out $(OUT) $(ARGS)
 
 $(VENV)/.installed: $(SOURCES)
 	test -x $(PYTHON) || python3 -m venv $(VENV)

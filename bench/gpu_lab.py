@@ -86,6 +86,7 @@ class Lab:
                     call()
             play: Callable[[], object] = graph.replay
         except RuntimeError as error:  # it waits for the device, or allocates outside of torch
+            torch.cuda.set_stream(torch.cuda.default_stream())  # a capture that fails may stay on its own
             torch.cuda.synchronize()
             self.log.write(self.section, note=f"a call that cannot be captured was timed with its launches: {brief(error)}")
 

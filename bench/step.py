@@ -92,8 +92,11 @@ def machine(threads: int) -> dict[str, str | int]:
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.processor()
-    described = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
-    commit = described.stdout.strip() or "unknown"
+    try:
+        described = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
+        commit = described.stdout.strip() or "unknown"
+    except OSError:  # no git here
+        commit = "unknown"
     return {"cpu": cpu, "arch": platform.machine(), "threads": threads, "torch": torch.__version__, "commit": commit, "date": time.strftime("%F %T")}
 
 
