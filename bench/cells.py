@@ -1,13 +1,14 @@
 """From the logs of one cell of bench/serve.py to its figures: pure functions, without processes or clocks.
 
-A cell runs its texts in waves: as many at once as there are sessions, the next wave when all have ended. Figures of throughput and idleness come from the
-time of each wave in which all sessions were at work: from the last one's first token to the first one's last. So reading prompts is not part of them,
-as in the paper; it shows in the time to the first token.
+A cell runs its texts in waves: as many at once as there are sessions, the next wave when all have ended. Figures of throughput and idleness come from
+the time of each wave in which all sessions were at work: from the last one's first token to the first one's last. So reading prompts is not part of
+them, as in the paper; it shows in the time to the first token.
 """
 
 import hashlib
 import statistics
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 Window = tuple[float, float]
@@ -37,8 +38,8 @@ def digest(ids: list[int]) -> str:
 
 
 def figures(waves: list[list[Record]], server: dict[str, Any], edges: list[dict[str, Any]], price: tuple[float, float]) -> dict[str, Any]:
-    """All figures of a cell. `server`: steps and grows (on its own core); `edges`: their logs, none where the server drafts; `price`: dollars an hour of
-    the server and of an edge."""
+    """All figures of a cell, None where there is nothing to tell. `server`: steps and grows (on its own core); `edges`: their logs, none where the
+    server drafts; `price`: dollars an hour of the server and of an edge."""
     spans = windows(waves)
     length = sum(b - a for a, b in spans) or float("nan")
     records = [r for wave in waves for r in wave]
@@ -58,7 +59,8 @@ def figures(waves: list[list[Record]], server: dict[str, Any], edges: list[dict[
     guesses = [guessed for e in edges for _, _, guessed, _ in e["verdicts"]]
     late = [x for e in edges for x in e["late"]]
     dollars = (price[0] + price[1] * len(edges)) / 3600
-    return {
+    busy = [sum(overlap(b, e, spans) for b, e, _ in edge["grows"]) / length for edge in edges]
+    found = {
         "tokens_per_s": rate,
         "bound_tokens_per_s": came / stepping if stepping and not server["grows"] else rate,  # of a server that never waits
         "tpot_ms": statistics.median(tpot) * 1e3 if tpot else float("nan"),
@@ -74,10 +76,61 @@ def figures(waves: list[list[Record]], server: dict[str, Any], edges: list[dict[
         "single_guess_rate": sum(guesses) / len(guesses) if guesses else float("nan"),
         "server_idle": 1 - (inside + drafting) / length,
         "server_drafting": drafting / length,
-        "edge_idle": 1 - statistics.mean(sum(overlap(b, e, spans) for b, e, _ in edge["grows"]) / length for edge in edges) if edges else float("nan"),
+        "edge_idle": 1 - statistics.mean(busy) if edges else float("nan"),
         "edge_late_p99_ms": percentile(late, 0.99) * 1e3,
         "bytes_per_token": sum(s["bytes_up"] + s["bytes_down"] for s in spoken) / total,
         "dollars_per_million": dollars / rate * 1e6,
         "texts": len(records),
         "seconds": length,
-    }  # fmt: skip
+    }
+    return {k: None if v != v else v for k, v in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """When what happened to a tree: sent by its edge, at the server, verified from `begun` to `ended`, back at the edge, taken there."""
+
+    edge: int
+    sent: float
+    arrived: float
+    begun: float
+    ended: float
+    came: float
+    taken: float
+    nodes: int
+    tokens: int
+    hit: bool
+
+
+def rounds(logs: dict[str, Any]) -> list[Round]:
+    """The rounds of a cell whose edges drafted, in order of verification; the last of each text is missing, for its verdict ends it."""
+    who = {tuple(prompt): i for wave in logs["prompts"] for i, prompt in enumerate(wave)}
+    edge_of = {order: who[tuple(prompt)] for order, prompt in logs["server"]["prompts"].items() if tuple(prompt) in who}
+    up = sorted((came, left) for came, left, upward, *_ in logs["wire"] if upward)
+    down = sorted((came, left) for came, left, upward, *_ in logs["wire"] if not upward)
+    found = []
+    for begun, ended, _rows, verdicts in logs["server"]["steps"]:
+        for order, _base, _verified, tokens in verdicts:
+            edge = logs["edges"][edge_of[order]]
+            sent, nodes = max((s for s in edge["submits"] if s[0] < begun), default=(None, 0))
+            taken = min((v for v in edge["verdicts"] if v[0] > ended), default=None)
+            if sent is None or taken is None:
+                continue
+            arrived = min((left for came, left in up if came >= sent), default=begun)
+            came = max((left for came, left in down if ended <= came and left <= taken[0]), default=taken[0])
+            found.append(Round(edge_of[order], sent, min(arrived, begun), begun, ended, came, taken[0], nodes, tokens, taken[1]))
+    return found
+
+
+def breakdown(found: list[Round]) -> dict[str, float]:
+    """Median milliseconds of the parts of a round, drafting apart after a hit and after a miss."""
+    parts: dict[str, list[float]] = {"draft after a hit": [], "draft after a miss": []}
+    last: dict[int, Round] = {}
+    for r in found:
+        for name, a, b in (("up", r.sent, r.arrived), ("queue", r.arrived, r.begun), ("verify", r.begun, r.ended), ("down", r.ended, r.came),
+                           ("unseen at the edge", r.came, r.taken)):  # fmt: skip
+            parts.setdefault(name, []).append(b - a)
+        if r.edge in last:
+            parts[f"draft after a {'hit' if last[r.edge].hit else 'miss'}"].append(r.sent - last[r.edge].taken)
+        last[r.edge] = r
+    return {name: statistics.median(values) * 1e3 for name, values in parts.items() if values}

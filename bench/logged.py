@@ -1,7 +1,7 @@
 """Engine, drafter and runner as they ship, with a log beside them: what bench/serve.py measures with.
 
-Nothing of the product knows of this; each class here calls the method that it wraps and writes down when. Times are those of time.monotonic, one clock
-for all processes of a machine. The variants of the drafter that the paper's rules need, and that the product does not have, are here too.
+Nothing of the product knows of this; each class here calls the method that it wraps and writes down when. Times are those of time.monotonic, one
+clock for all processes of a machine. The rules of the paper that the product does not have, to compare with, are here too.
 """
 
 import ctypes

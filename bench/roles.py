@@ -28,8 +28,8 @@ from specedge.net.edge import Edge
 from specedge.net.server import Server
 from specedge.text import Tokenizer
 
-DRAFT_ROWS = (1, 2, 4, 8, 12, 16, 32, 64, 128)
-TARGET_ROWS = (1, 2, 4, 8, 16, 24, 32, 33, 48, 64, 65, 128)
+DRAFT_ROWS = (1, 2, 4, 8, 16, 32, 96)
+TARGET_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 CONTEXT = 128  # of the measured passes, in tokens
 
 
@@ -167,7 +167,9 @@ class ServerRole:
         self._server = None
         return {"steps": self._serving.steps, "prompts": self._serving.prompts, "grows": [], "cpu": time.process_time() - self._cpu}
 
-    def colocated(self, waves: list[list[tuple[list[int], SamplingParams]]], config: DraftConfig) -> tuple[list[list[dict[str, Any]]], dict[str, Any]]:
+    def colocated(
+        self, waves: list[list[tuple[list[int], SamplingParams]]], config: DraftConfig
+    ) -> tuple[list[list[dict[str, Any]]], dict[str, Any]]:  # fmt: skip
         """Draft and verify in this process, each wave's requests at once; records as `EdgeRole.go` gives, and the log."""
         begun = time.process_time()
         drafter, engine = LoggedDrafter(self._draft, config, self._tokenizer), self._engine()

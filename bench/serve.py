@@ -1,31 +1,31 @@
 """All modes of serving side by side: the target alone, drafting beside it, and drafting on edges, in the same run and with the same ids.
 
-    make bench-serve            # everything, resumed cell by cell from build/serve.jsonl
-    python -m bench.serve --quick
+    make bench-serve                        # everything; resumes cell by cell from build/serve.jsonl
+    python -m bench.serve --quick           # at most 15 minutes
     python -m bench.serve --quick --sweep rtt --timeline build/timeline.svg
 
-The shipped pair is widened to shapes of real cost (bench/widen.py). On a CPU the server has one core, and in the co-located mode the draft shares it; each
-edge stands for a machine of its own: on the other core it runs the shipped draft, which has the same ids, and waits out the rest of the wide one's time,
-measured beforehand. A cell whose edge core is over 70 % busy is void. The network between is bench/wan.py.
+The shipped pair is widened to shapes of real cost (bench/widen.py). On a CPU the server has one core, which the draft shares in the co-located mode.
+Each edge stands for a machine of its own: on the other core it runs the shipped draft, which has the same ids, and waits out the rest of the wide
+one's time, measured beforehand. A cell whose edge core is over 70 % busy is void. The network between is bench/wan.py. Ids must be the same in all
+modes, or the exit status is 1.
 """
 
 import argparse
-import contextlib
 import json
-import math
-import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.cells import Record, digest, figures
+from bench.cells import Record, breakdown, digest, figures, rounds
+from bench.claims import report
 from bench.common import SHAPES
-from bench.logged import Pace, seconds
+from bench.logged import seconds
 from bench.roles import EdgeRole, Role, ServerRole, Setup
 from bench.step import machine
+from bench.timeline import draw, perfetto
 from bench.wan import Network, Wan
 from specedge.config import DraftConfig, EngineConfig, ModelConfig, SamplingParams
 
@@ -33,12 +33,19 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "specedge" / "demo"
 BUSY = 0.70  # of the edges' core: above it they are no machines of their own any more
 PREFIX = 96  # tokens of a prompt
+SMALL = ModelConfig(1024, 28, 16, 8, 64, 3072, 151936, 1e-6, 1e4, 8192, True)  # 0.6 B
 PAIRS: dict[str, tuple[ModelConfig | None, ModelConfig | None]] = {  # target and draft; the ratio of their forwards is the paper's, 0.12 to 0.18
-    "narrow": (None, None),  # for a test of this program
+    "narrow": (None, None),  # as shipped, for a test of this program
     "0.5b": (SHAPES["0.5b"], ModelConfig(640, 10, 10, 2, 64, 2048, 32000, 1e-6, 1e4, 8192, True)),
-    "8b": (ModelConfig(4096, 36, 32, 8, 128, 12288, 151936, 1e-6, 1e6, 8192, False), ModelConfig(1024, 28, 16, 8, 64, 3072, 151936, 1e-6, 1e4, 8192, True)),
-    "14b": (ModelConfig(5120, 40, 40, 8, 128, 17408, 151936, 1e-6, 1e6, 8192, False), ModelConfig(1024, 28, 16, 8, 64, 3072, 151936, 1e-6, 1e4, 8192, True)),
-}  # fmt: skip
+    "8b": (ModelConfig(4096, 36, 32, 8, 128, 12288, 151936, 1e-6, 1e6, 8192, False), SMALL),
+    "14b": (ModelConfig(5120, 40, 40, 8, 128, 17408, 151936, 1e-6, 1e6, 8192, False), SMALL),
+}
+GRID = [(depth, size) for size in (4, 8, 16, 32, 64) for depth in (1, 2, 4, 7, 10) if depth <= size]  # of the co-located baseline
+SWEEPS = {  # name: networks beside the one of the run
+    "rtt": [Network(rtt) for rtt in (0.0, 15.0, 50.0, 100.0)],
+    "jitter": [Network(15.0, jitter) for jitter in (0.0, 5.0, 15.0)],
+    "uplink": [Network(15.0, up=up) for up in (1.0, 10.0, 0.0)],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +53,11 @@ class Mode:
     """Who drafts, and what is switched on: options of DraftConfig and of Server."""
 
     drafts: str  # nobody, server, edge
-    draft: dict[str, object]
-    server: dict[str, object]
+    draft: dict[str, Any]
+    server: dict[str, Any]
 
 
-MODES = {
+MODES = {  # each edge mode has all of the one before it
     "autoregressive": Mode("nobody", {}, {}),
     "co-located": Mode("server", {"proactive": False}, {}),
     "edge": Mode("edge", {"proactive": False}, {}),
@@ -61,45 +68,54 @@ ALL_ON = list(MODES)[-1]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One set of conditions."""
+    """One set of conditions. `nodes` 0: those that the search found; `shared`: whether the drafts know the target's noise."""
 
     mode: str
     sessions: int
     temperature: float
     network: Network
-    shared: bool = True  # noise
+    nodes: int = 0
+    shared: bool = True
 
     @property
     def name(self) -> str:
         n = self.network
-        extra = f" jitter {n.jitter:g}" * bool(n.jitter) + f" up {n.up:g}" * bool(n.up) + " independent noise" * (not self.shared)
-        return f"{self.mode} x{self.sessions} T {self.temperature:g} rtt {n.rtt:g}{extra}"
+        parts = [f"{self.mode} x{self.sessions} T {self.temperature:g}"]
+        if MODES[self.mode].drafts != "server":
+            extra = {"jitter": n.jitter, "up": n.up, "down": n.down}
+            parts.append(f"rtt {n.rtt:g}" + "".join(f" {name} {value:g}" for name, value in extra.items() if value))
+        return ", ".join(parts + [f"{self.nodes} nodes"] * bool(self.nodes) + ["independent noise"] * (not self.shared))
 
 
-def core_times(core: int) -> tuple[int, int]:
-    """Busy and all jiffies of a core so far."""
+def core_times() -> list[tuple[int, int]]:
+    """Busy and all jiffies of cores 0 and 1 so far."""
+    found = []
     with open("/proc/stat") as file:
-        fields = next(line.split()[1:] for line in file if line.startswith(f"cpu{core} "))
-    ticks = [int(f) for f in fields[:8]]
-    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+        for line in file:
+            if line.startswith(("cpu0 ", "cpu1 ")):
+                ticks = [int(f) for f in line.split()[1:9]]
+                found.append((sum(ticks) - ticks[3] - ticks[4], sum(ticks)))
+    return found
 
 
 class Bench:
-    """The processes, and what they have measured."""
+    """The processes, and the texts that they have made."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.most = max([*args.sessions, 2])
         target, draft = PAIRS[args.pair]
         cores = (0, 1) if args.device == "cpu" else (None, None)
-        kv = (max(args.sessions) + 1) * (PREFIX + args.tokens + 128)
+        kv = max(4096, (self.most + 1) * (PREFIX + args.tokens + 128))
         dtype = "float32" if args.pair == "narrow" else "bfloat16"
-        self.setup = Setup(DEMO / "target", DEMO / "draft", target, draft, args.device, dtype, max(args.sessions), max(4096, kv), *cores)
+        self.setup = Setup(DEMO / "target", DEMO / "draft", target, draft, args.device, dtype, self.most, kv, *cores)
         self.server = Role(ServerRole, self.setup)
         self.edges: list[Role] = []
         self.target_pace, self.draft_pace = self.server.ask("measure")
-        self.prompts = self._prompts(max(args.sessions) * args.waves * args.repetitions)
-        self.ids: dict[tuple[int, float], dict[str, str]] = {}  # (prompt, temperature): digest by cell
+        self.prompts = self._prompts(self.most * args.waves * args.repetitions + SEARCHED)
+        self.ids: dict[str, dict[str, list[str]]] = {}  # "prompt T": digest: cells
         self.best: dict[float, DraftConfig] = {}  # of the co-located mode, by temperature
+        self.nodes: dict[float, int] = {}  # of edges
 
     def close(self) -> None:
         for role in (self.server, *self.edges):
@@ -113,41 +129,79 @@ class Bench:
         each = self.server.ask("encode", [f.read_text(encoding="utf-8") for f in files])
         cut = [ids[at : at + PREFIX] for part in (0.5, 0.25, 0.75) for ids in each if (at := int(len(ids) * part)) + PREFIX < len(ids)]
         if len(cut) < count:
-            raise SystemExit(f"bench.serve: the run wants {count} prompts, and there are {len(cut)}: ask for fewer repetitions or waves")
+            raise SystemExit(f"bench.serve: the run wants {count} prompts, and there are {len(cut)}: ask for fewer repetitions, waves or sessions")
         return cut[:count]
 
     # ------------------------------------------------------------------------------------------------------------------
 
+    def search(self, temperature: float) -> dict[str, Any]:
+        """Depth and size at which drafting on the server is fastest: one text each over the grid, then more texts of the best few, among them those
+        that the drafter's own rule stops. And the nodes at which a server that never waits gives most tokens per second."""
+        found: dict[tuple[int, int], dict[str, Any]] = {}
+        params = SamplingParams(temperature=temperature, max_tokens=min(24, self.args.tokens), ignore_eos=True)
+
+        def attempt(depth: int, size: int, prompts: list[int]) -> None:
+            rule = {"depth": depth, "min_gain": 0.0} if depth else {}
+            config = replace(co_located(size), **rule)
+            waves = [[(self.prompts[-1 - i], replace(params, seed=i, max_tokens=params.max_tokens * (1 + (len(prompts) > 1))))] for i in prompts]
+            records, log = self.server.ask("colocated", waves, config)
+            found[depth, size] = figures(records, log, [], (1, 1))
+
+        def rate(key: tuple[int, int]) -> float:
+            return float(found[key]["tokens_per_s"])
+
+        for depth, size in GRID:
+            attempt(depth, size, [0])
+        tokens = {size: max(found[k]["tokens_per_round"] for k in found if k[1] == size) for _, size in GRID}
+        nodes = max(tokens, key=lambda n: tokens[n] / seconds(self.target_pace, n + 1))
+        final = sorted(found, key=rate)[-FINALISTS:]
+        final.append((0, final[-1][1]))  # the drafter's own rule
+        for depth, size in final:
+            attempt(depth, size, list(range(SEARCHED)))
+        depth, size = max(final, key=rate)
+        return {
+            "depth": depth, "size": size, "nodes": nodes, "tokens_per_s": rate((depth, size)),
+            "finalists": {f"{d} x {n}" if d else f"own rule x {n}": rate((d, n)) for d, n in final},
+        }  # fmt: skip
+
+    def use(self, temperature: float, found: dict[str, Any]) -> None:
+        """Take what `search` has found."""
+        rule = {"depth": found["depth"], "min_gain": 0.0} if found["depth"] else {}
+        self.best[temperature] = replace(co_located(found["size"]), **rule)
+        self.nodes[temperature] = self.args.nodes or found["nodes"]
+
     def run(self, cell: Cell, repetition: int) -> dict[str, Any]:
-        """One repetition of a cell: its figures, and under "logs" what they come from."""
+        """One repetition of a cell: its figures, the digests of its texts, and under "logs" what the figures come from."""
         mode, a = MODES[cell.mode], self.args
-        first = repetition * a.waves * max(a.sessions)
-        asked = [[first + w * max(a.sessions) + s for s in range(cell.sessions)] for w in range(a.waves)]
+        first = repetition * a.waves * self.most
+        asked = [[first + w * self.most + s for s in range(cell.sessions)] for w in range(a.waves)]
         params = SamplingParams(temperature=cell.temperature, max_tokens=a.tokens, ignore_eos=True)
         waves = [[(self.prompts[i], replace(params, seed=i)) for i in wave] for wave in asked]
-        before = [core_times(c) for c in (0, 1)] if self.setup.server_core is not None else []
+        before = core_times()
+        edges, wire = list[dict[str, Any]](), list[Any]()
         if mode.drafts == "server":
-            config = replace(self.best[cell.temperature], max_sessions=cell.sessions)
-            records, server = self.server.ask("colocated", waves, config)
-            edges, wire = [], []
+            records, server = self.server.ask("colocated", waves, replace(self.best[cell.temperature], max_sessions=cell.sessions))
         else:
-            config = None
-            if mode.drafts == "edge":
-                config = DraftConfig(tree_size=a.nodes, depth=a.depth, max_sessions=1, engine=EngineConfig(kv_tokens=4096, max_rows=256), **mode.draft)  # type: ignore[arg-type]
-            records, server, edges, wire = self._over_the_wire(cell, mode, waves, config)
-        busy = [(b1 - b0) / max(1, t1 - t0) for (b0, t0), (b1, t1) in zip(before, [core_times(c) for c in (0, 1)], strict=False)]
-        for wave, numbers in zip(records, asked, strict=True):
-            for record, i in zip(wave, numbers, strict=True):
-                self.ids.setdefault((i, cell.temperature), {})[f"{cell.name} #{repetition}"] = digest(record["ids"])
+            records, server, edges, wire = self._over_the_wire(cell, mode, waves)
+        busy = [(b1 - b0) / max(1, t1 - t0) for (b0, t0), (b1, t1) in zip(before, core_times(), strict=True)]
         found = figures(records, server, edges if mode.drafts == "edge" else [], (a.server_price, a.edge_price))
-        found |= {"cell": cell.name, "repetition": repetition, "server_core_busy": busy[0] if busy else None, "edge_core_busy": busy[1] if busy else None}
-        found["void"] = bool(busy) and mode.drafts == "edge" and busy[1] > BUSY
-        found["logs"] = {"records": records, "server": server, "edges": edges, "wire": wire}
+        digests = {f"{i} T {cell.temperature:g}": digest(r["ids"]) for w, ns in zip(records, asked, strict=True) for r, i in zip(w, ns, strict=True)}
+        logs = {"records": records, "server": server, "edges": edges, "wire": wire, "prompts": [[prompt for prompt, _ in wave] for wave in waves]}
+        pinned = self.setup.edge_core is not None
+        found |= {
+            "cell": cell.name, "mode": cell.mode, "sessions": cell.sessions, "temperature": cell.temperature, "repetition": repetition,
+            "nodes": cell.nodes or self.nodes[cell.temperature], "edge_core_busy": busy[1] if pinned else None,
+            "void": pinned and mode.drafts == "edge" and busy[1] > BUSY,
+            "round_ms": breakdown(rounds(logs)) if mode.drafts == "edge" else {}, "ids": digests, "logs": logs,
+        }  # fmt: skip
         return found
 
     def _over_the_wire(
-        self, cell: Cell, mode: Mode, waves: list[list[tuple[list[int], SamplingParams]]], config: DraftConfig | None
+        self, cell: Cell, mode: Mode, waves: list[list[tuple[list[int], SamplingParams]]]
     ) -> tuple[list[list[Record]], dict[str, Any], list[dict[str, Any]], list[Any]]:  # fmt: skip
+        config = None
+        if mode.drafts == "edge":
+            config = replace(co_located(cell.nodes or self.nodes[cell.temperature]), max_sessions=1, **mode.draft)
         while len(self.edges) < cell.sessions:
             self.edges.append(Role(EdgeRole, self.setup, self.draft_pace))
         edges = self.edges[: cell.sessions]
@@ -166,54 +220,149 @@ class Bench:
             logs = [edge.hear() for edge in edges]
         return records, self.server.ask("stop"), logs, wan.log
 
-    def different(self) -> list[str]:
+    def differences(self, results: list[dict[str, Any]]) -> list[str]:
         """Sentences on texts that were not the same everywhere."""
-        return [
-            f"prompt {i} at T {t:g}: " + ", ".join(f"{cell} {d}" for cell, d in cells.items())
-            for (i, t), cells in self.ids.items() if len(set(cells.values())) > 1
-        ]  # fmt: skip
+        seen: dict[str, dict[str, list[str]]] = {}
+        for r in results:
+            for text, d in r["ids"].items():
+                seen.setdefault(text, {}).setdefault(d, []).append(r["cell"])
+        return [f"prompt {text}: {'; '.join(f'{d} in {sorted(set(cells))}' for d, cells in ds.items())}" for text, ds in seen.items() if len(ds) > 1]
+
+
+SEARCHED, FINALISTS = 3, 4  # texts of a finalist of the search, and how many there are
+
+
+def co_located(nodes: int) -> DraftConfig:
+    """A drafter of trees of `nodes`, by its own rule of depth."""
+    return DraftConfig(tree_size=nodes, proactive=False, engine=EngineConfig(kv_tokens=4096, max_rows=256))
 
 
 def cells(args: argparse.Namespace) -> Iterator[Cell]:
-    """What is run, in the order of one repetition."""
-    for temperature in args.temperatures:
-        for sessions in args.sessions:
-            for mode in args.modes:
-                yield Cell(mode, sessions, temperature, Network(args.rtt, args.jitter, args.up, args.down))
+    """What one repetition runs, modes in alternation; then what single claims need, and the sweep."""
+    network, seen = Network(args.rtt, args.jitter, args.up, args.down), set[Cell]()
+    plan = [Cell(mode, n, t, network) for t in args.temperatures for n in args.sessions for mode in args.modes]
+    if args.claims:
+        plan += [Cell(ALL_ON, 2, t, network, 31) for t in args.temperatures]
+        plan += [Cell(ALL_ON, 2, t, network, 31, shared) for t in (0.7, 1.0) for shared in (True, False)]
+        plan.append(Cell(ALL_ON, 2, 0.7, replace(network, rtt=50.0)))
+    if args.sweep:
+        plan += [Cell(mode, 2, 0.7, each) for each in SWEEPS[args.sweep] for mode in args.modes if MODES[mode].drafts == "edge"]
+    for cell in plan:
+        if cell not in seen:
+            seen.add(cell)
+            yield cell
 
 
-def main() -> None:
+class Results:
+    """The lines of a file that were made under the same conditions, and room for more."""
+
+    def __init__(self, path: Path | None, conditions: dict[str, Any]) -> None:
+        self._path, self._conditions = path, json.loads(json.dumps(conditions))
+        self.lines: list[dict[str, Any]] = []
+        if path and path.exists():
+            every = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            self.lines = [line for line in every if line["conditions"] == self._conditions]
+
+    def find(self, **wanted: object) -> dict[str, Any] | None:
+        return next((line for line in self.lines if all(line.get(k) == v for k, v in wanted.items())), None)
+
+    def add(self, line: dict[str, Any]) -> None:
+        line = {"conditions": self._conditions} | line
+        self.lines.append(line)
+        if self._path:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def measure(bench: Bench, results: Results, args: argparse.Namespace) -> None:
+    """Everything that is not there yet."""
+    for t in sorted({c.temperature for c in cells(args)}):
+        found = results.find(kind="search", temperature=t)
+        if found is None:
+            depth, size = args.baseline or (0, 31)
+            given = args.baseline or t not in args.temperatures
+            found = {"depth": depth, "size": size, "nodes": size} if given else bench.search(t)
+            found |= {"kind": "search", "temperature": t}
+            results.add(found)
+        bench.use(t, found)
+        print(f"co-located at T {t:g}: {json.dumps({k: found[k] for k in found if k not in ('kind', 'conditions')})}", flush=True)
+    for repetition in range(args.repetitions):
+        for cell in cells(args):
+            if results.find(kind="cell", cell=cell.name, repetition=repetition) is None:
+                found = bench.run(cell, repetition)
+                del found["logs"]
+                results.add({"kind": "cell"} | found)
+                print(
+                    f"{time.strftime('%T')} {cell.name} #{repetition}: {found['tokens_per_s']:.1f} tokens/s of {found['bound_tokens_per_s']:.1f}, "
+                    f"TPOT {found['tpot_ms']:.1f} ms" + ", void: the edges' core is too busy" * found["void"], flush=True,
+                )  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the server")
     p.add_argument("--pair", choices=PAIRS, help="shapes of target and draft; default 0.5b on a CPU, 8b on a GPU")
-    p.add_argument("--sessions", type=int, nargs="+", default=[1, 2, 4, 8])
-    p.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
+    p.add_argument("--quick", action="store_true", help="fewer and shorter texts: at most 15 minutes on a CPU")
+    p.add_argument("--sessions", type=int, nargs="+", help="default 1 2 4 8")
+    p.add_argument("--temperatures", type=float, nargs="+", default=[0.7, 0.0])
     p.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    p.add_argument("--tokens", type=int, default=64, help="of each text")
-    p.add_argument("--waves", type=int, default=2, help="texts that a session runs one after the other in a cell")
-    p.add_argument("--repetitions", type=int, default=3)
-    p.add_argument("--nodes", type=int, default=31)
-    p.add_argument("--depth", type=int, default=12)
-    p.add_argument("--rtt", type=float, default=15.0)
-    p.add_argument("--jitter", type=float, default=0.0)
-    p.add_argument("--up", type=float, default=0.0)
-    p.add_argument("--down", type=float, default=0.0)
-    p.add_argument("--server-price", type=float, default=4.05)
-    p.add_argument("--edge-price", type=float, default=0.35)
+    p.add_argument("--tokens", type=int, help="of each text")
+    p.add_argument("--waves", type=int, help="texts that a session runs one after the other in a cell")
+    p.add_argument("--repetitions", type=int)
+    p.add_argument("--nodes", type=int, default=0, help="of the edges' trees; 0: what suits the server, by the search")
+    p.add_argument("--baseline", type=int, nargs=2, metavar=("DEPTH", "SIZE"), help="of the co-located mode, instead of a search; depth 0: its own rule")
+    p.add_argument("--no-claims", dest="claims", action="store_false", help="leave out the cells that single claims need")
+    p.add_argument("--sweep", choices=SWEEPS)
+    p.add_argument("--rtt", type=float, default=15.0, help="milliseconds")
+    p.add_argument("--jitter", type=float, default=0.0, help="milliseconds each way at most")
+    p.add_argument("--up", type=float, default=0.0, help="Mbit/s from an edge; 0: no limit")
+    p.add_argument("--down", type=float, default=0.0, help="Mbit/s to an edge; 0: no limit")
+    p.add_argument("--server-price", type=float, default=4.05, help="dollars an hour; default: the paper's A100 of 40 GB")
+    p.add_argument("--edge-price", type=float, default=0.35, help="dollars an hour; default: the paper's RTX 4090")
+    p.add_argument("--out", type=Path, help="file of results, from which a run resumes; default build/serve.jsonl, none with --quick")
+    p.add_argument("--timeline", type=Path, help="draw two edges with everything on as SVG")
+    p.add_argument("--perfetto", type=Path, help="the same as a trace for ui.perfetto.dev")
     args = p.parse_args()
     args.pair = args.pair or ("0.5b" if args.device == "cpu" else "8b")
+    args.sessions = args.sessions or ([1, 2] if args.quick else [1, 2, 4, 8])
+    args.tokens = args.tokens or (48 if args.quick else 96)
+    args.waves = args.waves or (1 if args.quick else 2)
+    args.repetitions = args.repetitions or (2 if args.quick else 3)
+    args.out = args.out or (None if args.quick else ROOT / "build" / "serve.jsonl")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    described = machine(1)
+    described.pop("date")
+    print(", ".join(f"{k} {v}" for k, v in described.items()))
+    fixed = ("device", "pair", "tokens", "waves", "nodes", "baseline", "server_price", "edge_price")
+    results = Results(args.out, {**described, "prompts": max([*args.sessions, 2]), **{k: getattr(args, k) for k in fixed}})
     bench = Bench(args)
-    print({r: round(t * 1e3, 1) for r, t in bench.target_pace}, {r: round(t * 1e3, 1) for r, t in bench.draft_pace})
-    for t in args.temperatures:
-        bench.best[t] = DraftConfig(tree_size=args.nodes, depth=args.depth, engine=EngineConfig(kv_tokens=4096, max_rows=256), proactive=False)
-    for rep in range(args.repetitions):
-        for cell in cells(args):
-            t = time.time()
-            r = bench.run(cell, rep)
-            r.pop("logs")
-            print(f"{time.time() - t:.1f}s", json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()}), flush=True)
-    print(*bench.different(), sep="\n")
-    bench.close()
+    try:
+        ratio = seconds(bench.draft_pace, 8) / seconds(bench.target_pace, 32)
+        paces = {"target": bench.target_pace, "draft": bench.draft_pace}
+        for name, pace in paces.items():
+            print(f"{name}, ms by rows: " + ", ".join(f"{rows}: {s * 1e3:.1f}" for rows, s in pace))
+        print(f"a draft forward of 8 rows takes {ratio:.2f} of a target's of 32")
+        measure(bench, results, args)
+        if args.timeline or args.perfetto:
+            cell = Cell(ALL_ON, 2, args.temperatures[0], Network(args.rtt))
+            logs = bench.run(cell, 0)["logs"]
+            if args.timeline:
+                title = f"Two edges, one server: everything on, RTT {args.rtt:g} ms, T {cell.temperature:g}"
+                args.timeline.write_text(draw(logs, title))
+            if args.perfetto:
+                args.perfetto.write_text(json.dumps(perfetto(logs)))
+    finally:
+        bench.close()
+    lines = [line for line in results.lines if line["kind"] == "cell"]
+    wrong = bench.differences(lines)
+    print(report(lines, wrong, list(MODES), args.rtt))
+    print(json.dumps({**described, "ratio": ratio, "paces": paces, "wrong": wrong, "cells": lines}))
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m bench.wan 127.0.0.1:7000 --rtt 15 --jitter 2 --up 10 --down 50
 
 Every piece of bytes leaves `rtt / 2` plus up to `jitter` after it came, behind those that came before it, and takes its time on a line of the given
-rate. One thread waits in select, whose timeout is in microseconds; asyncio rounds it up to whole milliseconds, which would add half a millisecond each
-way. Knows nothing of frames. Invariant: bytes of one direction stay in order, as TCP keeps them.
+rate. One thread waits in select, whose timeout is in microseconds; asyncio rounds it up to whole milliseconds, which would add half a millisecond
+each way. Knows nothing of frames. Invariant: bytes of one direction stay in order, as TCP keeps them.
 """
 
 import argparse
