@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/
 BENCH_PYTHON := $(if $(wildcard $(PYTHON)),$(PYTHON),python3)
 OUT ?= bench/results
 
-.PHONY: demo test test-full bench-gpu clean
+.PHONY: demo test test-full bench-gpu bench-serve clean
 
 demo: $(VENV)/.installed
 	$(PYTHON) tools/demo.py
@@ -23,6 +23,9 @@ test-full: $(VENV)/.installed-dev
 
 bench-gpu:
 	$(BENCH_PYTHON) -m bench.gpu --out $(OUT) $(ARGS)
+
+bench-serve: $(VENV)/.installed
+	$(PYTHON) -m bench.serve $(ARGS)
 
 $(VENV)/.installed: $(SOURCES)
 	test -x $(PYTHON) || python3 -m venv $(VENV)

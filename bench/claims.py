@@ -46,9 +46,9 @@ def row(name: str, lines: list[Line]) -> str:
     def m(key: str, digits: int = 1) -> str:
         return number(middle(lines, key), digits)
 
-    void = sum(line["void"] for line in lines)
+    void = [line["void"] for line in lines if line["void"]]
     cells = [
-        name + f" ({void} of {len(lines)} void: the edges' core was too busy)" * bool(void),
+        name + (f" ({len(void)} of {len(lines)} void: {void[0]})" if void else ""),
         f"{m('tokens_per_s')} ± {number(spread(lines, 'tokens_per_s'))}", m("bound_tokens_per_s"),
         f"{m('tpot_ms')} ± {number(spread(lines, 'tpot_ms'))}", m("ttft_ms", 0), f"{m('gap_p50_ms', 0)} / {m('gap_p99_ms', 0)}",
         m("tokens_per_round", 2), m("tokens_per_row", 3), m("rows_per_step"),

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from bench.common import median_ms
 from bench.logged import IndependentDrafter, LoggedDrafter, LoggedEngine, LoggedRunner, Pace, PacedRunner, sharpen_sleep
 from bench.widen import wide_runner
 from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, EngineConfig, ModelConfig, SamplingParams
@@ -98,7 +97,7 @@ def _answer(pipe: Connection, kind: Callable[..., Any], *args: object) -> None:
 
 
 def pin(core: int | None) -> None:
-    """Run on one core only, with one thread."""
+    """Run on one core only, with one thread; None: anywhere."""
     if core is not None:
         os.sched_setaffinity(0, {core})
         torch.set_num_threads(1)
@@ -111,17 +110,22 @@ def load(path: Path, shape: ModelConfig | None, sizes: EngineConfig, device: str
     return wide_runner(path, shape, sizes, torch.device(device), getattr(torch, dtype), rows)
 
 
-def pace_of(runner: Runner, rows: tuple[int, ...], spent: float = 0.5) -> Pace:
-    """Median seconds of a forward of so many rows at CONTEXT tokens: two chains below a root, of whose logits all are wanted."""
+def pace_of(runner: Runner, rows: tuple[int, ...], times: int = 7) -> Pace:
+    """The least of seven times, for what else runs only ever adds, of a forward of so many rows at CONTEXT tokens: two chains below a root, of whose
+    logits all are wanted."""
     pages = list(range(-(-CONTEXT // runner.sizes.page_size)))
 
-    def forward(n: int) -> None:
+    def forward(n: int) -> float:
+        begun = time.monotonic()
         batch = runner.batch()
         anc = [1 | sum(1 << j for j in range(1, i + 1) if j % 2 == i % 2) for i in range(n)]
         batch.add([5] * n, [CONTEXT + (i + 1) // 2 for i in range(n)], list(range(n)), (0, n), CONTEXT, pages, anc, list(range(n)))
         runner.run(batch)
+        if runner.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic() - begun
 
-    return [(n, median_ms(lambda n=n: forward(n), spent, 3) / 1e3) for n in rows]  # type: ignore[misc]
+    return [(n, min(forward(n) for _ in range(times))) for n in rows]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,6 +202,7 @@ class EdgeRole:
 
     def __init__(self, setup: Setup, pace: Pace) -> None:
         pin(setup.edge_core)
+        torch.set_num_threads(1)
         if setup.edge_core is not None:
             os.nice(5)  # whoever wakes up for the network goes first
         sharpen_sleep()
@@ -205,6 +210,9 @@ class EdgeRole:
         narrow = Runner.load(setup.draft, sizes, 8, "cpu", setup.dtype, False)
         self._runner = PacedRunner(narrow.model, sizes, MAX_ROWS_PER_TREE, pace)
         self._tokenizer = Tokenizer.from_dir(setup.draft, narrow.model.config.vocab)
+
+    def ready(self) -> None:
+        """Nothing: whoever is told so knows that this process is up."""
 
     def start(self, address: str, config: DraftConfig | None, shared: bool = True) -> None:
         """Connect; with `config` None without a draft. `shared` False: without the target's noise."""

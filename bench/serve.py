@@ -32,6 +32,7 @@ from specedge.config import DraftConfig, EngineConfig, ModelConfig, SamplingPara
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "specedge" / "demo"
 BUSY = 0.70  # of the edges' core: above it they are no machines of their own any more
+FOREIGN = 0.10  # of the server's core, taken by others: above it the server is slower than it was
 PREFIX = 96  # tokens of a prompt
 SMALL = ModelConfig(1024, 28, 16, 8, 64, 3072, 151936, 1e-6, 1e4, 8192, True)  # 0.6 B
 PAIRS: dict[str, tuple[ModelConfig | None, ModelConfig | None]] = {  # target and draft; the ratio of their forwards is the paper's, 0.12 to 0.18
@@ -113,7 +114,6 @@ class Bench:
         self.edges: list[Role] = []
         self.target_pace, self.draft_pace = self.server.ask("measure")
         self.prompts = self._prompts(self.most * args.waves * args.repetitions + SEARCHED)
-        self.ids: dict[str, dict[str, list[str]]] = {}  # "prompt T": digest: cells
         self.best: dict[float, DraftConfig] = {}  # of the co-located mode, by temperature
         self.nodes: dict[float, int] = {}  # of edges
 
@@ -177,7 +177,8 @@ class Bench:
         asked = [[first + w * self.most + s for s in range(cell.sessions)] for w in range(a.waves)]
         params = SamplingParams(temperature=cell.temperature, max_tokens=a.tokens, ignore_eos=True)
         waves = [[(self.prompts[i], replace(params, seed=i)) for i in wave] for wave in asked]
-        before = core_times()
+        self._ready(cell.sessions if mode.drafts != "server" else 0)
+        before, began = core_times(), time.monotonic()
         edges, wire = list[dict[str, Any]](), list[Any]()
         if mode.drafts == "server":
             records, server = self.server.ask("colocated", waves, replace(self.best[cell.temperature], max_sessions=cell.sessions))
@@ -187,14 +188,23 @@ class Bench:
         found = figures(records, server, edges if mode.drafts == "edge" else [], (a.server_price, a.edge_price))
         digests = {f"{i} T {cell.temperature:g}": digest(r["ids"]) for w, ns in zip(records, asked, strict=True) for r, i in zip(w, ns, strict=True)}
         logs = {"records": records, "server": server, "edges": edges, "wire": wire, "prompts": [[prompt for prompt, _ in wave] for wave in waves]}
-        pinned = self.setup.edge_core is not None
+        pinned, void = self.setup.edge_core is not None, ""
+        if pinned and mode.drafts == "edge" and busy[1] > BUSY:
+            void = f"the edges' core was {busy[1]:.0%} busy"
+        if pinned and busy[0] - server["cpu"] / (time.monotonic() - began) > FOREIGN:
+            void = "others used the server's core"
         found |= {
             "cell": cell.name, "mode": cell.mode, "sessions": cell.sessions, "temperature": cell.temperature, "repetition": repetition,
-            "nodes": cell.nodes or self.nodes[cell.temperature], "edge_core_busy": busy[1] if pinned else None,
-            "void": pinned and mode.drafts == "edge" and busy[1] > BUSY,
+            "nodes": cell.nodes or self.nodes[cell.temperature], "edge_core_busy": busy[1] if pinned else None, "void": void,
             "round_ms": breakdown(rounds(logs)) if mode.drafts == "edge" else {}, "ids": digests, "logs": logs,
         }  # fmt: skip
         return found
+
+    def _ready(self, edges: int) -> None:
+        """Have so many edges up, for their start takes seconds of a core."""
+        while len(self.edges) < edges:
+            self.edges.append(Role(EdgeRole, self.setup, self.draft_pace))
+            self.edges[-1].ask("ready")
 
     def _over_the_wire(
         self, cell: Cell, mode: Mode, waves: list[list[tuple[list[int], SamplingParams]]]
@@ -202,8 +212,6 @@ class Bench:
         config = None
         if mode.drafts == "edge":
             config = replace(co_located(cell.nodes or self.nodes[cell.temperature]), max_sessions=1, **mode.draft)
-        while len(self.edges) < cell.sessions:
-            self.edges.append(Role(EdgeRole, self.setup, self.draft_pace))
         edges = self.edges[: cell.sessions]
         with Wan(self.server.ask("start", mode.server), cell.network) as wan:
             for edge in edges:
@@ -219,14 +227,6 @@ class Bench:
                 edge.tell("stop")
             logs = [edge.hear() for edge in edges]
         return records, self.server.ask("stop"), logs, wan.log
-
-    def differences(self, results: list[dict[str, Any]]) -> list[str]:
-        """Sentences on texts that were not the same everywhere."""
-        seen: dict[str, dict[str, list[str]]] = {}
-        for r in results:
-            for text, d in r["ids"].items():
-                seen.setdefault(text, {}).setdefault(d, []).append(r["cell"])
-        return [f"prompt {text}: {'; '.join(f'{d} in {sorted(set(cells))}' for d, cells in ds.items())}" for text, ds in seen.items() if len(ds) > 1]
 
 
 SEARCHED, FINALISTS = 3, 4  # texts of a finalist of the search, and how many there are
@@ -275,6 +275,23 @@ class Results:
                 file.write(json.dumps(line) + "\n")
 
 
+def differences(results: list[dict[str, Any]]) -> list[str]:
+    """Sentences on texts that were not the same everywhere."""
+    seen: dict[str, dict[str, list[str]]] = {}
+    for r in results:
+        for text, d in r["ids"].items():
+            seen.setdefault(text, {}).setdefault(d, []).append(r["cell"])
+    return [f"prompt {text}: {'; '.join(f'{d} in {sorted(set(cells))}' for d, cells in ds.items())}" for text, ds in seen.items() if len(ds) > 1]
+
+
+def conclude(lines: list[dict[str, Any]], rtt: float, facts: dict[str, Any]) -> int:
+    """Print what was found, as tables and as a last line of JSON; returns the exit status."""
+    wrong = differences(lines)
+    print(report(lines, wrong, list(MODES), rtt))
+    print(json.dumps({**facts, "wrong": wrong, "cells": lines}))
+    return 1 if wrong else 0
+
+
 def measure(bench: Bench, results: Results, args: argparse.Namespace) -> None:
     """Everything that is not there yet."""
     for t in sorted({c.temperature for c in cells(args)}):
@@ -295,7 +312,7 @@ def measure(bench: Bench, results: Results, args: argparse.Namespace) -> None:
                 results.add({"kind": "cell"} | found)
                 print(
                     f"{time.strftime('%T')} {cell.name} #{repetition}: {found['tokens_per_s']:.1f} tokens/s of {found['bound_tokens_per_s']:.1f}, "
-                    f"TPOT {found['tpot_ms']:.1f} ms" + ", void: the edges' core is too busy" * found["void"], flush=True,
+                    f"TPOT {found['tpot_ms']:.1f} ms" + f", void: {found['void']}" * bool(found["void"]), flush=True,
                 )  # fmt: skip
 
 
@@ -311,7 +328,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--waves", type=int, help="texts that a session runs one after the other in a cell")
     p.add_argument("--repetitions", type=int)
     p.add_argument("--nodes", type=int, default=0, help="of the edges' trees; 0: what suits the server, by the search")
-    p.add_argument("--baseline", type=int, nargs=2, metavar=("DEPTH", "SIZE"), help="of the co-located mode, instead of a search; depth 0: its own rule")
+    p.add_argument("--baseline", type=int, nargs=2, metavar=("DEPTH", "SIZE"), help="of the co-located mode, not searched; depth 0: its own rule")
     p.add_argument("--no-claims", dest="claims", action="store_false", help="leave out the cells that single claims need")
     p.add_argument("--sweep", choices=SWEEPS)
     p.add_argument("--rtt", type=float, default=15.0, help="milliseconds")
@@ -359,10 +376,7 @@ def main() -> None:
     finally:
         bench.close()
     lines = [line for line in results.lines if line["kind"] == "cell"]
-    wrong = bench.differences(lines)
-    print(report(lines, wrong, list(MODES), args.rtt))
-    print(json.dumps({**described, "ratio": ratio, "paces": paces, "wrong": wrong, "cells": lines}))
-    sys.exit(1 if wrong else 0)
+    sys.exit(conclude(lines, args.rtt, {**described, "ratio": ratio, "paces": paces}))
 
 
 if __name__ == "__main__":

@@ -98,16 +98,16 @@ def _legend(out: list[str]) -> None:
     at = float(LEFT)
     for words, shape in (
         ("draft forward", '<rect x="{x}" y="48" width="20" height="14" fill="#475569"/>'),
-        ("draft forward while the tree is in flight", '<rect x="{x}" y="48" width="20" height="14" fill="#475569" opacity="0.35"/>'),
+        ("draft forward with the tree in flight", '<rect x="{x}" y="48" width="20" height="14" fill="#475569" opacity="0.35"/>'),
         ("on the wire, up and down", '<path d="M{x} 62 l10 -14 M{x} 62 m14 0 l10 -14" stroke="#475569" stroke-width="1.6"/>'),
-        ("waits at the server", '<rect x="{x}" y="51" width="20" height="9" rx="2" fill="#475569" opacity="0.45"/>'),
+        ("queue", '<rect x="{x}" y="51" width="20" height="9" rx="2" fill="#475569" opacity="0.45"/>'),
         ("verification, + tokens", '<rect x="{x}" y="48" width="20" height="14" fill="#475569" stroke="#fff"/>'),
         ("hit", '<circle cx="{c}" cy="55" r="4.5" fill="#475569" stroke="#475569" stroke-width="2"/>'),
         ("miss", '<circle cx="{c}" cy="55" r="4.5" fill="#fff" stroke="#475569" stroke-width="2"/>'),
     ):
         out.append(shape.format(x=f"{at:.0f}", c=f"{at + 10:.0f}"))
         out.append(f'<text x="{at + 28:.0f}" y="60" fill="#334155">{words}</text>')
-        at += 28 + 6.9 * len(words) + 22
+        at += 28 + 7.0 * len(words) + 20
 
 
 def perfetto(logs: dict[str, Any]) -> dict[str, Any]:
