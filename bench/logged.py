@@ -19,6 +19,7 @@ from specedge.engine.model import Decoder
 from specedge.engine.request import Sequence, Verdict
 from specedge.engine.runner import Runner
 from specedge.engine.sampler import Key, NoiseCache
+from specedge.engine.scheduler import ALL
 from specedge.text import Tokenizer
 from specedge.tree import TokenTree
 
@@ -81,11 +82,11 @@ class LoggedEngine(Engine):
         self.prompts[sequence.order] = tokens[: sequence.prompt_len]
         return sequence
 
-    def step(self) -> list[Verdict]:
+    def step(self, most: int = ALL) -> list[Verdict]:
         assert isinstance(self.runner, LoggedRunner)
         self.runner.rows_run = 0
         begun = time.monotonic()
-        verdicts = super().step()
+        verdicts = super().step(most)
         found = [(v.sequence.order, v.base, v.verified, len(v.path) + len(v.tokens)) for v in verdicts]
         if self.runner.rows_run:
             self.steps.append((begun, time.monotonic(), self.runner.rows_run, found))

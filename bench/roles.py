@@ -152,15 +152,16 @@ class ServerRole:
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [self._tokenizer.encode(t) for t in texts]
 
-    def _engine(self) -> LoggedEngine:
-        """A fresh one over the loaded model: no cached prefix of an earlier cell."""
+    def _engine(self, admission: bool) -> LoggedEngine:
+        """A fresh one over the loaded model: no cached prefix of an earlier cell, nothing learned in it."""
+        self._target.sizes = dataclasses.replace(self._target.sizes, admission=admission)
         return LoggedEngine(self._target, self._tokenizer, self._target.model.config.eos_ids)
 
-    def start(self, options: dict[str, object]) -> str:
+    def start(self, admission: bool, pipeline: bool) -> str:
         """Serve; returns host:port."""
         self._cpu = time.process_time()
-        self._serving = self._engine()
-        self._server = Server(self._serving, **options)  # type: ignore[arg-type]
+        self._serving = self._engine(admission)
+        self._server = Server(self._serving, pipeline=pipeline)
         self._server.start()
         return self._server.endpoint.removeprefix("tcp://")
 
@@ -174,9 +175,9 @@ class ServerRole:
     def colocated(
         self, waves: list[list[tuple[list[int], SamplingParams]]], config: DraftConfig
     ) -> tuple[list[list[dict[str, Any]]], dict[str, Any]]:  # fmt: skip
-        """Draft and verify in this process, each wave's requests at once; records as `EdgeRole.go` gives, and the log."""
+        """Draft and verify in this process, each wave's requests at once and whole trees, as in the paper; records as of `EdgeRole.go`, and the log."""
         begun = time.process_time()
-        drafter, engine = LoggedDrafter(self._draft, config, self._tokenizer), self._engine()
+        drafter, engine = LoggedDrafter(self._draft, config, self._tokenizer), self._engine(False)
         both = SpeculativeEngine(engine, drafter)
         found = []
         for wave in waves:

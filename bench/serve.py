@@ -51,25 +51,27 @@ SWEEPS = {  # name: networks beside the one of the run
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """Who drafts, and what is switched on: options of DraftConfig and of Server."""
+    """Who drafts (nobody, server, edge), and what is switched on."""
 
-    drafts: str  # nobody, server, edge
-    draft: dict[str, Any]
-    server: dict[str, Any]
+    drafts: str
+    proactive: bool = False  # growth in flight: DraftConfig.proactive
+    pipeline: bool = False  # pipeline-aware batching: Server(pipeline=...)
 
 
 MODES = {  # each edge mode has all of the one before it
-    "autoregressive": Mode("nobody", {}, {}),
-    "co-located": Mode("server", {"proactive": False}, {}),
-    "edge": Mode("edge", {"proactive": False}, {}),
-    "+ growth in flight": Mode("edge", {"proactive": True}, {}),
+    "autoregressive": Mode("nobody"),
+    "co-located": Mode("server"),
+    "edge": Mode("edge"),
+    "+ growth in flight": Mode("edge", proactive=True),
+    "+ pipeline-aware": Mode("edge", proactive=True, pipeline=True),
 }
 ALL_ON = list(MODES)[-1]
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One set of conditions. `nodes` 0: those that the search found; `shared`: whether the drafts know the target's noise."""
+    """One set of conditions. `nodes`: of every tree, all of which are verified; 0: as the search found, and the server admits what is worth its rows.
+    `shared`: whether the drafts know the target's noise."""
 
     mode: str
     sessions: int
@@ -211,9 +213,9 @@ class Bench:
     ) -> tuple[list[list[Record]], dict[str, Any], list[dict[str, Any]], list[Any]]:  # fmt: skip
         config = None
         if mode.drafts == "edge":
-            config = replace(co_located(cell.nodes or self.nodes[cell.temperature]), max_sessions=1, **mode.draft)
+            config = replace(co_located(cell.nodes or self.nodes[cell.temperature]), max_sessions=1, proactive=mode.proactive)
         edges = self.edges[: cell.sessions]
-        with Wan(self.server.ask("start", mode.server), cell.network) as wan:
+        with Wan(self.server.ask("start", not cell.nodes, mode.pipeline), cell.network) as wan:
             for edge in edges:
                 edge.tell("start", wan.address, config, cell.shared)
             for edge in edges:

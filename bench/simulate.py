@@ -3,12 +3,11 @@
     python -m bench.simulate --sessions 1 2 4 8 1000
     python -m bench.simulate --like build/serve.jsonl      # times and acceptance of a real run, compared with it
 
-Only the models are stand-ins, tables of logits by token and position, and the clock: a pass takes the time that was measured for its rows, a message half
-a round trip. What is drafted, admitted, verified, kept and thrown away is decided by the classes that ship. The draft's table is the target's
+Only the models are stand-ins, tables of logits by token and position, and the clock: a pass takes the time that was measured for its rows, a message
+half a round trip. What is drafted, admitted, verified, kept and thrown away is decided by the classes that ship. The draft's table is the target's
 plus noise, as much of it as gives the acceptance asked for. Knows nothing of processes or sockets.
 """
 
-import argparse
 import heapq
 import itertools
 import json
