@@ -175,7 +175,7 @@ class ServerRole:
     def colocated(
         self, waves: list[list[tuple[list[int], SamplingParams]]], config: DraftConfig
     ) -> tuple[list[list[dict[str, Any]]], dict[str, Any]]:  # fmt: skip
-        """Draft and verify in this process, each wave's requests at once and whole trees, as in the paper; records as of `EdgeRole.go`, and the log."""
+        """Draft and verify in this process, the requests of a wave at once and whole trees, as in the paper; records as of `EdgeRole.go`, the log."""
         begun = time.process_time()
         drafter, engine = LoggedDrafter(self._draft, config, self._tokenizer), self._engine(False)
         both = SpeculativeEngine(engine, drafter)
