@@ -60,6 +60,8 @@ def figures(waves: list[list[Record]], server: dict[str, Any], edges: list[dict[
     late = [x for e in edges for x in e["late"]]
     dollars = (price[0] + price[1] * len(edges)) / 3600
     busy = [sum(overlap(b, e, spans) for b, e, _ in edge["grows"]) / length for edge in edges]
+    forwards = sum(len(e["grows"]) for e in edges)
+    extra = sum(sum(b - a for a, b, _ in e["grows"]) - e["paced"] for e in edges) / forwards if forwards else float("nan")  # what Python adds
     found = {
         "tokens_per_s": rate,
         "bound_tokens_per_s": came / stepping if stepping and not server["grows"] else rate,  # of a server that never waits
@@ -78,6 +80,7 @@ def figures(waves: list[list[Record]], server: dict[str, Any], edges: list[dict[
         "server_drafting": drafting / length,
         "edge_idle": 1 - statistics.mean(busy) if edges else float("nan"),
         "edge_late_p99_ms": percentile(late, 0.99) * 1e3,
+        "forward_overhead_ms": extra * 1e3,
         "bytes_per_token": sum(s["bytes_up"] + s["bytes_down"] for s in spoken) / total,
         "dollars_per_million": dollars / rate * 1e6,
         "texts": len(records),

@@ -60,9 +60,12 @@ class PacedRunner(Runner):
         super().__init__(model, sizes, rows)  # type: ignore[arg-type]
         self.pace = pace
         self.late: list[float] = []  # seconds that each forward took too long
+        self.paced = 0.0  # seconds that they should have taken
 
     def run(self, batch: BatchBuilder) -> Tensor:
-        due = time.monotonic() + seconds(self.pace, batch.rows)
+        takes = seconds(self.pace, batch.rows)
+        due = time.monotonic() + takes
+        self.paced += takes
         logits = super().run(batch)
         time.sleep(max(0.0, due - time.monotonic()))
         self.late.append(time.monotonic() - due)

@@ -218,7 +218,7 @@ class EdgeRole:
     def start(self, address: str, config: DraftConfig | None, shared: bool = True) -> None:
         """Connect; with `config` None without a draft. `shared` False: without the target's noise."""
         self._cpu = time.process_time()
-        self._runner.late = []
+        self._runner.late, self._runner.paced = [], 0.0
         kind = LoggedDrafter if shared else IndependentDrafter
         self._drafter = kind(self._runner, config, self._tokenizer) if config else None
         self._edge = Edge(f"specedge://{address}", self._drafter, tokenizer=self._tokenizer)
@@ -236,4 +236,4 @@ class EdgeRole:
         self._edge.close()
         d = self._drafter
         log = {"grows": d.grows, "submits": d.submits, "verdicts": d.verdicts} if d else {"grows": [], "submits": [], "verdicts": []}
-        return log | {"late": self._runner.late, "cpu": time.process_time() - self._cpu}
+        return log | {"late": self._runner.late, "paced": self._runner.paced, "cpu": time.process_time() - self._cpu}

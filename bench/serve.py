@@ -198,9 +198,16 @@ class Bench:
         found |= {
             "cell": cell.name, "mode": cell.mode, "sessions": cell.sessions, "temperature": cell.temperature, "repetition": repetition,
             "nodes": cell.nodes or self.nodes[cell.temperature], "edge_core_busy": busy[1] if pinned else None, "void": void,
+            "drafter": {"tree_size": self._config(cell).tree_size, "proactive": mode.proactive},
+            "world": {"target": self.target_pace, "draft": self.draft_pace, "rtt": cell.network.rtt / 1e3, "pipeline": mode.pipeline,
+                      "admission": not cell.nodes} if mode.drafts == "edge" else None,
             "round_ms": breakdown(rounds(logs)) if mode.drafts == "edge" else {}, "ids": digests, "logs": logs,
         }  # fmt: skip
         return found
+
+    def _config(self, cell: Cell) -> DraftConfig:
+        """How an edge of this cell drafts."""
+        return replace(co_located(cell.nodes or self.nodes[cell.temperature]), max_sessions=1, proactive=MODES[cell.mode].proactive)
 
     def _ready(self, edges: int) -> None:
         """Have so many edges up, for their start takes seconds of a core."""
@@ -211,9 +218,7 @@ class Bench:
     def _over_the_wire(
         self, cell: Cell, mode: Mode, waves: list[list[tuple[list[int], SamplingParams]]]
     ) -> tuple[list[list[Record]], dict[str, Any], list[dict[str, Any]], list[Any]]:  # fmt: skip
-        config = None
-        if mode.drafts == "edge":
-            config = replace(co_located(cell.nodes or self.nodes[cell.temperature]), max_sessions=1, proactive=mode.proactive)
+        config = self._config(cell) if mode.drafts == "edge" else None
         edges = self.edges[: cell.sessions]
         with Wan(self.server.ask("start", not cell.nodes, mode.pipeline), cell.network) as wan:
             for edge in edges:
