@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import pytest
 from bench import serve
 from bench.cells import breakdown, figures, rounds, windows
 from bench.claims import claims, group, report
-from bench.logged import seconds
+from bench.logged import IndependentDrafter, LoggedDrafter, seconds, single_guess
 from bench.serve import Results, conclude
+from bench.simulate import World, play
 from bench.timeline import draw, perfetto
 from bench.wan import Network, Wan
+from specedge.config import DraftConfig, EngineConfig, SamplingParams
+from specedge.engine.runner import Runner
 
 ROOT = Path(__file__).parents[1]
 MODES = list(serve.MODES)
@@ -177,6 +181,47 @@ def test_claims_are_judged_by_medians_without_void_cells() -> None:
     assert found["TPOT at RTT 50 ms, 2 edges / 1 co-located session, T 0.7"][1] == "not measured"
     text = report(lines, ["prompt 3"], MODES, 15.0)
     assert "1 of 4 void: too busy" in text and "23.0 ± 1.0" in text and "| missed |" in text.splitlines()[-2]
+
+
+def submitted(kind: type[LoggedDrafter], seed: int) -> tuple[LoggedDrafter, Any, Any]:
+    """A drafter of `kind` over the shipped draft, its one session and the tree that it has submitted."""
+    sizes = EngineConfig(kv_tokens=512, max_rows=64)
+    runner = Runner.load(ROOT / "specedge" / "demo" / "draft", sizes, 256, "cpu", "float32", False)
+    own = kind(runner, DraftConfig(tree_size=12, max_sessions=1, engine=sizes), None)
+    session = own.open([9, 200, 31, 7], SamplingParams(temperature=0.9, seed=seed, max_tokens=64), 68)
+    assert session is not None
+    while not own.ready(session):
+        own.grow()
+    return own, session, own.submit(session, 12)
+
+
+def test_a_draft_without_the_noise_does_not_know_the_seed() -> None:
+    trees = {kind: [submitted(kind, seed)[2].tokens.tolist() for seed in (1, 2)] for kind in (LoggedDrafter, IndependentDrafter)}
+    assert trees[IndependentDrafter][0] == trees[IndependentDrafter][1] and trees[LoggedDrafter][0] != trees[LoggedDrafter][1]
+
+
+def test_the_single_guess_is_the_likeliest_token_below_a_leaf() -> None:
+    own, session, tree = submitted(LoggedDrafter, 1)
+    for _ in range(4):
+        own.grow()
+    guess = single_guess(session)
+    nodes = session.submitted
+    inner = {id(n.parent) for n in nodes}
+    assert guess.parent in nodes and id(guess.parent) not in inner and guess not in nodes
+    assert guess.score == max(n.score for n in session.nodes if n.parent in nodes and id(n.parent) not in inner)
+    own.verdict(session, nodes.index(guess.parent) + 1, [guess.token])
+    assert own.verdicts[-1][1:3] == (True, True) and own.submits[-1][1] == len(tree) and len(own.grows) >= 5
+
+
+def test_virtual_time_follows_its_world() -> None:
+    def at(error: float = 0.3, sessions: int = 1, **changes: Any) -> dict[str, float]:
+        return play(replace(World([(1, 0.1), (1000, 0.1)], [(1, 0.01), (300, 0.01)]), **changes), sessions, DraftConfig(tree_size=15), error, 5.0)
+
+    near, far = at(), at(rtt=0.4)
+    assert near["tokens_per_round"] > at(error=3.0)["tokens_per_round"]
+    assert near["server_idle"] < far["server_idle"] and near["tokens_per_s"] > far["tokens_per_s"]
+    assert far["server_idle"] >= 0.4 / (0.4 + 0.102) * 0.9  # one session: nothing to do while its messages travel
+    assert at(sessions=3)["tokens_per_s"] > 1.8 * near["tokens_per_s"]  # rows cost nothing here: all three share a step
 
 
 def test_two_modes_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
