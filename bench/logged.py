@@ -119,11 +119,11 @@ class LoggedDrafter(Drafter):
         self.submits.append((time.monotonic(), len(tree)))
         return tree
 
-    def verdict(self, session: Session, row: int, tokens: list[int]) -> bool:
+    def verdict(self, session: Session, row: int, tokens: list[int], *more: object) -> bool:
         came, guess = time.monotonic(), single_guess(session)
         end = session.submitted[row - 1] if row and session.submitted else session.root
         guessed = guess is not None and guess.parent is end and tokens == [guess.token]
-        hit = super().verdict(session, row, tokens)
+        hit = super().verdict(session, row, tokens, *more)  # type: ignore[call-arg]
         self.verdicts.append((came, hit, guessed, row))
         return hit
 

@@ -34,6 +34,7 @@ DEMO = ROOT / "specedge" / "demo"
 BUSY = 0.70  # of the edges' core: above it they are no machines of their own any more
 FOREIGN = 0.10  # of the server's core, taken by others: above it the server is slower than it was
 PREFIX = 96  # tokens of a prompt
+WARM = 32  # tokens of the texts with which a cell begins and that do not count: engine and drafters have to learn how long things take
 SMALL = ModelConfig(1024, 28, 16, 8, 64, 3072, 151936, 1e-6, 1e4, 8192, True)  # 0.6 B
 PAIRS: dict[str, tuple[ModelConfig | None, ModelConfig | None]] = {  # target and draft; the ratio of their forwards is the paper's, 0.12 to 0.18
     "narrow": (None, None),  # as shipped, for a test of this program
@@ -115,7 +116,7 @@ class Bench:
         self.server = Role(ServerRole, self.setup)
         self.edges: list[Role] = []
         self.target_pace, self.draft_pace = self.server.ask("measure")
-        self.prompts = self._prompts(self.most * args.waves * args.repetitions + SEARCHED)
+        self.prompts = self._prompts(self.most * args.waves * args.repetitions + max(SEARCHED, self.most))
         self.best: dict[float, DraftConfig] = {}  # of the co-located mode, by temperature
         self.nodes: dict[float, int] = {}  # of edges
 
@@ -143,8 +144,7 @@ class Bench:
         params = SamplingParams(temperature=temperature, max_tokens=min(24, self.args.tokens), ignore_eos=True)
 
         def attempt(depth: int, size: int, prompts: list[int]) -> None:
-            rule = {"depth": depth, "min_gain": 0.0} if depth else {}
-            config = replace(co_located(size), **rule)
+            config = replace(co_located(size), depth=depth) if depth else co_located(size)
             waves = [[(self.prompts[-1 - i], replace(params, seed=i, max_tokens=params.max_tokens * (1 + (len(prompts) > 1))))] for i in prompts]
             records, log = self.server.ask("colocated", waves, config)
             found[depth, size] = figures(records, log, [], (1, 1))
@@ -168,8 +168,8 @@ class Bench:
 
     def use(self, temperature: float, found: dict[str, Any]) -> None:
         """Take what `search` has found."""
-        rule = {"depth": found["depth"], "min_gain": 0.0} if found["depth"] else {}
-        self.best[temperature] = replace(co_located(found["size"]), **rule)
+        own = co_located(found["size"])
+        self.best[temperature] = replace(own, depth=found["depth"]) if found["depth"] else own
         self.nodes[temperature] = self.args.nodes or found["nodes"]
 
     def run(self, cell: Cell, repetition: int) -> dict[str, Any]:
@@ -178,7 +178,8 @@ class Bench:
         first = repetition * a.waves * self.most
         asked = [[first + w * self.most + s for s in range(cell.sessions)] for w in range(a.waves)]
         params = SamplingParams(temperature=cell.temperature, max_tokens=a.tokens, ignore_eos=True)
-        waves = [[(self.prompts[i], replace(params, seed=i)) for i in wave] for wave in asked]
+        warm = [(self.prompts[-1 - s], replace(params, seed=s, max_tokens=min(WARM, a.tokens))) for s in range(cell.sessions)]
+        waves = [warm] + [[(self.prompts[i], replace(params, seed=i)) for i in wave] for wave in asked]
         self._ready(cell.sessions if mode.drafts != "server" else 0)
         before, began = core_times(), time.monotonic()
         edges, wire = list[dict[str, Any]](), list[Any]()
@@ -186,6 +187,7 @@ class Bench:
             records, server = self.server.ask("colocated", waves, replace(self.best[cell.temperature], max_sessions=cell.sessions))
         else:
             records, server, edges, wire = self._over_the_wire(cell, mode, waves)
+        records = records[1:]
         busy = [(b1 - b0) / max(1, t1 - t0) for (b0, t0), (b1, t1) in zip(before, core_times(), strict=True)]
         found = figures(records, server, edges if mode.drafts == "edge" else [], (a.server_price, a.edge_price))
         digests = {f"{i} T {cell.temperature:g}": digest(r["ids"]) for w, ns in zip(records, asked, strict=True) for r, i in zip(w, ns, strict=True)}
