@@ -139,9 +139,9 @@ class Wan:
             way.held -= len(piece)
             try:
                 if piece:
+                    self.log.append((came, time.monotonic(), way.up, len(piece), way.number))  # first: whoever has the bytes may look here
                     way.sink.settimeout(1.0)
                     way.sink.sendall(piece)
-                    self.log.append((came, time.monotonic(), way.up, len(piece), way.number))
                 else:
                     way.sink.shutdown(socket.SHUT_WR)
                     back = self._ways[way.sink]
