@@ -8,6 +8,7 @@ A role pins itself to its core before torch starts a thread. Results are plain l
 import dataclasses
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -76,18 +77,19 @@ class Role:
         return self.hear()
 
     def close(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.join()
         self._pipe.close()
-        self._process.join(10)
-        if self._process.is_alive():
-            self._process.kill()
 
 
 def _answer(pipe: Connection, kind: Callable[..., Any], *args: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when it is over
     role = None
     while True:
         try:
             what, given = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         try:
             role = role or kind(*args)
@@ -143,6 +145,8 @@ class ServerRole:
         self._tokenizer = Tokenizer.from_dir(setup.target, self._target.model.config.vocab)
         rows = setup.sessions * MAX_ROWS_PER_TREE
         self._draft = load(setup.draft, setup.draft_shape, sizes, setup.device, setup.dtype, rows)
+        narrow = load(setup.target, None, sizes, setup.device, setup.dtype, sizes.max_rows)
+        self._narrow = LoggedRunner(narrow.model, sizes, sizes.max_rows), load(setup.draft, None, sizes, setup.device, setup.dtype, rows)
         self._server: Server | None = None
 
     def measure(self) -> tuple[Pace, Pace]:
@@ -152,15 +156,15 @@ class ServerRole:
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [self._tokenizer.encode(t) for t in texts]
 
-    def _engine(self, admission: bool) -> LoggedEngine:
-        """A fresh one over the loaded model: no cached prefix of an earlier cell, nothing learned in it."""
-        self._target.sizes = dataclasses.replace(self._target.sizes, admission=admission)
-        return LoggedEngine(self._target, self._tokenizer, self._target.model.config.eos_ids)
+    def _engine(self, runner: LoggedRunner, admission: bool) -> LoggedEngine:
+        """A fresh one over a loaded model: no cached prefix of an earlier cell, nothing learned in it."""
+        runner.sizes = dataclasses.replace(runner.sizes, admission=admission)
+        return LoggedEngine(runner, self._tokenizer, runner.model.config.eos_ids)
 
     def start(self, admission: bool, pipeline: bool) -> str:
         """Serve; returns host:port."""
         self._cpu = time.process_time()
-        self._serving = self._engine(admission)
+        self._serving = self._engine(self._target, admission)
         self._server = Server(self._serving, pipeline=pipeline)
         self._server.start()
         return self._server.endpoint.removeprefix("tcp://")
@@ -173,11 +177,13 @@ class ServerRole:
         return {"steps": self._serving.steps, "prompts": self._serving.prompts, "grows": [], "cpu": time.process_time() - self._cpu}
 
     def colocated(
-        self, waves: list[list[tuple[list[int], SamplingParams]]], config: DraftConfig
+        self, waves: list[list[tuple[list[int], SamplingParams]]], config: DraftConfig, narrow: bool = False
     ) -> tuple[list[list[dict[str, Any]]], dict[str, Any]]:  # fmt: skip
-        """Draft and verify in this process, the requests of a wave at once and whole trees, as in the paper; records as of `EdgeRole.go`, the log."""
+        """Draft and verify in this process, the requests of a wave at once and whole trees, as in the paper; records as of `EdgeRole.go`, the log.
+        `narrow`: with the pair as it ships, whose tokens are the same and come sooner."""
         begun = time.process_time()
-        drafter, engine = LoggedDrafter(self._draft, config, self._tokenizer), self._engine(False)
+        target, draft = self._narrow if narrow else (self._target, self._draft)
+        drafter, engine = LoggedDrafter(draft, config, self._tokenizer), self._engine(target, False)
         both = SpeculativeEngine(engine, drafter)
         found = []
         for wave in waves:
