@@ -133,10 +133,10 @@ class Silence(NoiseCache):
 
     def __init__(self, vocab: int, device: torch.device) -> None:
         super().__init__(vocab, device, 1)
-        self._table.zero_()
+        self.table.zero_()
 
-    def rows(self, keys: list[Key]) -> tuple[Tensor, dict[Key, int]]:
-        return self._table, dict.fromkeys(keys, 0)
+    def assign(self, keys: list[Key]) -> tuple[dict[Key, int], list[tuple[int, int, int]]]:
+        return dict.fromkeys(keys, 0), []
 
 
 class IndependentDrafter(LoggedDrafter):

@@ -34,6 +34,7 @@ DEMO = ROOT / "specedge" / "demo"
 BUSY = 0.70  # of the edges' core: above it they are no machines of their own any more
 FOREIGN = 0.10  # of the server's core, taken by others: above it the server is slower than it was
 PREFIX = 96  # tokens of a prompt
+FIXED = 6  # draft forwards of the cells whose trees have a given number of nodes
 WARM = 32  # tokens of the texts with which a cell begins and that do not count: engine and drafters have to learn how long things take
 SMALL = ModelConfig(1024, 28, 16, 8, 64, 3072, 151936, 1e-6, 1e4, 8192, True)  # 0.6 B
 PAIRS: dict[str, tuple[ModelConfig | None, ModelConfig | None]] = {  # target and draft; the ratio of their forwards is the paper's, 0.12 to 0.18
@@ -71,7 +72,7 @@ ALL_ON = list(MODES)[-1]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One set of conditions. `nodes`: of every tree, all of which are verified; 0: as the search found, and the server admits what is worth its rows.
+    """One set of conditions. `nodes`: of every tree, after FIXED forwards, and all are verified; 0: drafter and server decide.
     `shared`: whether the drafts know the target's noise."""
 
     mode: str
@@ -118,7 +119,6 @@ class Bench:
         self.target_pace, self.draft_pace = self.server.ask("measure")
         self.prompts = self._prompts(self.most * args.waves * args.repetitions + max(SEARCHED, self.most))
         self.best: dict[float, DraftConfig] = {}  # of the co-located mode, by temperature
-        self.nodes: dict[float, int] = {}  # of edges
 
     def close(self) -> None:
         for role in (self.server, *self.edges):
@@ -139,8 +139,7 @@ class Bench:
 
     def search(self, temperature: float) -> dict[str, Any]:
         """Depth and size at which drafting on the server is fastest. The pair as it ships says how many tokens each of GRID brings, the measured
-        times which of them are promising, and these are run in earnest; so is the drafter's own rule. Also: the nodes at which a server that never
-        waits would give most tokens per second."""
+        times which of them are promising, and these are run in earnest; so is the drafter's own rule."""
         params = SamplingParams(temperature=temperature, max_tokens=min(48, self.args.tokens), ignore_eos=True)
         waves = [[(self.prompts[-1 - i], replace(params, seed=i))] for i in range(SEARCHED)]
 
@@ -161,8 +160,7 @@ class Bench:
         rates = {key: float(attempt(*key, False)[0]["tokens_per_s"]) for key in final}
         depth, size = max(rates, key=lambda key: rates[key])
         return {
-            "depth": depth, "size": size, "nodes": max(tokens, key=lambda n: tokens[n] / seconds(self.target_pace, n + 1)),
-            "tokens_per_s": rates[depth, size], "tokens_per_round": tokens,
+            "depth": depth, "size": size, "tokens_per_s": rates[depth, size], "tokens_per_round": tokens,
             "finalists": {f"{d} x {n}" if d else f"own rule x {n}": rate for (d, n), rate in rates.items()},
         }  # fmt: skip
 
@@ -170,7 +168,6 @@ class Bench:
         """Take what `search` has found."""
         own = co_located(found["size"])
         self.best[temperature] = replace(own, depth=found["depth"]) if found["depth"] else own
-        self.nodes[temperature] = self.args.nodes or found["nodes"]
 
     def run(self, cell: Cell, repetition: int) -> dict[str, Any]:
         """One repetition of a cell: its figures, the digests of its texts, and under "logs" what the figures come from."""
@@ -199,8 +196,8 @@ class Bench:
             void = "others used the server's core"
         found |= {
             "cell": cell.name, "mode": cell.mode, "sessions": cell.sessions, "temperature": cell.temperature, "repetition": repetition,
-            "nodes": cell.nodes or self.nodes[cell.temperature], "edge_core_busy": busy[1] if pinned else None, "void": void,
-            "drafter": {"tree_size": self._config(cell).tree_size, "proactive": mode.proactive},
+            "edge_core_busy": busy[1] if pinned else None, "void": void,
+            "drafter": {"tree_size": cell.nodes or a.nodes, "proactive": mode.proactive, "depth": FIXED if cell.nodes else None},
             "world": {"target": self.target_pace, "draft": self.draft_pace, "rtt": cell.network.rtt / 1e3, "pipeline": mode.pipeline,
                       "admission": not cell.nodes} if mode.drafts == "edge" else None,
             "round_ms": breakdown(rounds(logs)) if mode.drafts == "edge" else {}, "ids": digests, "logs": logs,
@@ -209,7 +206,8 @@ class Bench:
 
     def _config(self, cell: Cell) -> DraftConfig:
         """How an edge of this cell drafts."""
-        return replace(co_located(cell.nodes or self.nodes[cell.temperature]), max_sessions=1, proactive=MODES[cell.mode].proactive)
+        config = replace(co_located(cell.nodes or self.args.nodes), max_sessions=1, proactive=MODES[cell.mode].proactive)
+        return replace(config, depth=FIXED) if cell.nodes else config
 
     def _ready(self, edges: int) -> None:
         """Have so many edges up, for their start takes seconds of a core."""
@@ -243,8 +241,8 @@ PYTHON = 2e-3  # seconds that it adds to a forward, for the search's first guess
 
 
 def co_located(nodes: int) -> DraftConfig:
-    """A drafter of trees of `nodes`, by its own rule of depth."""
-    return DraftConfig(tree_size=nodes, proactive=False, engine=EngineConfig(kv_tokens=4096, max_rows=256))
+    """A drafter of trees of `nodes`, by its own rule of depth; where it does not pay the figures must show that, so no autopilot."""
+    return DraftConfig(tree_size=nodes, proactive=False, autopilot=False, engine=EngineConfig(kv_tokens=4096, max_rows=256))
 
 
 def cells(args: argparse.Namespace) -> Iterator[Cell]:
@@ -309,7 +307,7 @@ def measure(bench: Bench, results: Results, args: argparse.Namespace) -> None:
         if found is None:
             depth, size = args.baseline or (0, 31)
             given = args.baseline or t not in args.temperatures
-            found = {"depth": depth, "size": size, "nodes": size} if given else bench.search(t)
+            found = {"depth": depth, "size": size} if given else bench.search(t)
             found |= {"kind": "search", "temperature": t}
             results.add(found)
         bench.use(t, found)
@@ -337,7 +335,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--tokens", type=int, help="of each text")
     p.add_argument("--waves", type=int, help="texts that a session runs one after the other in a cell")
     p.add_argument("--repetitions", type=int)
-    p.add_argument("--nodes", type=int, default=0, help="of the edges' trees; 0: what suits the server, by the search")
+    p.add_argument("--nodes", type=int, default=31, help="of the edges' trees at most")
     p.add_argument("--baseline", type=int, nargs=2, metavar=("DEPTH", "SIZE"), help="of the co-located mode, not searched; depth 0: its own rule")
     p.add_argument("--no-claims", dest="claims", action="store_false", help="leave out the cells that single claims need")
     p.add_argument("--sweep", choices=SWEEPS)

@@ -29,6 +29,7 @@ from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, EngineConfig, Sampli
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.drafter import Drafter, Session
 from specedge.engine.engine import Engine
+from specedge.engine.pace import Served
 from specedge.engine.pipeline import Pipeline
 from specedge.engine.request import Sequence, Verdict
 from specedge.engine.scheduler import ALL
@@ -96,16 +97,18 @@ class World:
 
 @dataclass(slots=True, eq=False)
 class Edge:
-    """One edge: the loop of net/edge.py without its sockets."""
+    """One edge: the loop of net/edge.py without its sockets and its autopilot."""
 
     drafter: Drafter
     session: Session
     sequence: Sequence
     table: Table
-    inbox: list[tuple[Verdict, int]] = field(default_factory=list)  # with their row budgets
+    clock: Clock  # its own: a forward that begins now ends later
+    inbox: list[tuple[Verdict, int, float]] = field(default_factory=list)  # with row budgets and the seconds of their steps
     budget: int = MAX_ROWS_PER_TREE
     flying: bool = False
     asleep: bool = False
+    looks: int = 0  # that are due: only the latest counts
     rounds: int = 0
     hits: int = 0
     drafting: float = 0.0
@@ -131,19 +134,20 @@ class Simulation:
     def _open(self, i: int, logits: Tensor) -> Edge:
         params = SamplingParams(temperature=self.world.temperature, max_tokens=CONTEXT - 64, ignore_eos=True, seed=i)
         sizes = EngineConfig(kv_tokens=CONTEXT, max_rows=256)
-        table = Table(logits, sizes, MAX_ROWS_PER_TREE, self.world.draft, self.world.forward_overhead)
-        own = Drafter(table, replace(self.config, engine=sizes))  # type: ignore[arg-type]
+        clock = Clock()
+        table = Table(logits, sizes, MAX_ROWS_PER_TREE, self.world.draft, self.world.forward_overhead, clock)
+        own = Drafter(table, replace(self.config, engine=sizes), None, clock.monotonic)  # type: ignore[arg-type]
         sequence = self.engine.open([(i * 7919 + k * k) % VOCAB for k in range(8)], params)
         session = own.open(sequence.tokens, sequence.params, sequence.limit)
         assert session is not None
-        return Edge(own, session, sequence, table)
+        return Edge(own, session, sequence, table, clock)
 
     def run(self, until: float) -> None:
         """Play `until` seconds."""
         real, engine_module.time = engine_module.time, self.clock  # type: ignore[assignment]
         try:
             for edge in self.edges:
-                self._at(0.0, "edge", edge)
+                self._at(0.0, "edge", (edge, 0))
             while self._events and self._events[0][0] < until:
                 self.clock.now, _, kind, what = heapq.heappop(self._events)
                 getattr(self, f"_{kind}")(what)
@@ -174,38 +178,42 @@ class Simulation:
             return
         self._serving = True
         self.steps.append((now, end, self._table.rows_run, sum(len(v.path) + len(v.tokens) for v in verdicts)))
-        self._at(end, "served", verdicts)
+        self._at(end, "served", (verdicts, end - now))
 
-    def _served(self, verdicts: list[Verdict]) -> None:
+    def _served(self, what: tuple[list[Verdict], float]) -> None:
         self._serving = False
-        for v in verdicts:
-            self._at(self.clock.now + self.world.rtt / 2, "verdict", (v, v.sequence.acceptance.budget))
+        for v in what[0]:
+            self._at(self.clock.now + self.world.rtt / 2, "verdict", (v, v.sequence.acceptance.budget, what[1]))
         self._look(None)
 
-    def _verdict(self, what: tuple[Verdict, int]) -> None:
+    def _verdict(self, what: tuple[Verdict, int, float]) -> None:
         edge = self._of[id(what[0].sequence)]
         edge.inbox.append(what)
         if edge.asleep:
-            edge.asleep = False
-            self._edge(edge)
+            self._edge((edge, edge.looks))
 
-    def _edge(self, e: Edge) -> None:
-        for v, budget in e.inbox:
+    def _edge(self, what: tuple[Edge, int]) -> None:
+        e, look = what
+        if look != e.looks:  # a verdict has woken it since
+            return
+        e.looks, e.clock.now = e.looks + 1, self.clock.now
+        for v, budget, spent in e.inbox:
             e.flying, e.budget = False, budget
             if v.finish:
                 return
             e.rounds += 1
-            e.hits += e.drafter.verdict(e.session, v.row, list(v.tokens))
+            e.hits += e.drafter.verdict(e.session, v.row, list(v.tokens), Served(spent, v.verified))
         e.inbox.clear()
         if not e.flying and e.drafter.ready(e.session):
-            tree = e.drafter.submit(e.session, min(self.config.tree_size, e.budget))
+            tree = e.drafter.submit(e.session, e.drafter.size(e.session, e.budget))
             e.flying = True
             self._at(self.clock.now + self.world.rtt / 2, "tree", (e, tree))
-        if e.drafter.grow():
+        pause = e.drafter.pause()
+        e.asleep = bool(pause) or not e.drafter.grow()
+        if not e.asleep:
             e.drafting += e.table.took
-            self._at(self.clock.now + e.table.took, "edge", e)
-        else:
-            e.asleep = True
+        if pause or not e.asleep:
+            self._at(self.clock.now + (pause or e.table.took), "edge", (e, e.looks))
 
     def figures(self, warm: float, until: float) -> dict[str, float]:
         """What came after `warm` seconds."""
