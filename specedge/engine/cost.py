@@ -12,9 +12,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-HALF_LIFE = 512  # passes after which an observation counts half: a machine that slows down is followed;
-HASTE = 0.9  # when errors all have one sign, it has changed, and an observation counts so much less with each pass
-KEPT = 0.01  # observations of a size of pass that are never forgotten: a server that runs one size only still knows the slope
+HALF_LIFE = 512  # passes after which an observation counts half
+KEPT = 1.0  # observations of a size of pass that are never forgotten: a server that runs one size only still knows the slope
 ENOUGH, SIZES, SPREAD = 24, 3, 4  # a fit is believed after so many passes of so many sizes, the largest so many times the smallest
 EVERY = 8  # passes between fits, which take 0.2 ms
 FLAT = 0.1  # share of `base` that the rows seen must add up to, or no knee is in sight
@@ -33,7 +32,7 @@ class CostModel:
         self._base, self._slope, self._read, self._knee = UNKNOWN, share * UNKNOWN, 0.0, knee
         self._seen = 0
         self._fitted = False
-        self._error = self._bias = 0.0  # running means of |error| and error, relative
+        self._error = self._bias = 0.0  # running means of relative errors: how far they scatter, and they themselves
         self._weight = np.zeros(len(KNEES) + 1)  # [sizes] observations, as far as they are remembered
         self._moments = np.zeros((len(KNEES) + 1, 4, 4))  # [sizes] sums of z z' over z = (1, rows, context, seconds) / seconds predicted
 
@@ -41,16 +40,17 @@ class CostModel:
         """A pass over `rows` rows that read `context` tokens of K/V took `seconds`."""
         if rows < 1 or context < 0 or not 0 < seconds < math.inf:
             return
-        weight, forget = 1.0, 0.5 ** (1 / HALF_LIFE)
+        weight = 1.0
         expected = seconds  # so that an outlier counts little as long as nothing is expected
         if self._fitted:
             expected = self.predict(rows, context)
             error, limit = seconds / expected - 1, 3 * self._error + 0.01
             weight = min(1.0, limit / max(abs(error), 1e-9))  # Huber's: a page fault counts like any error that is just too large
-            self._error += 0.02 * (min(abs(error), limit) - self._error)
+            self._error += 0.02 * (min(abs(error - self._bias), limit) - self._error)
             self._bias += 0.1 * (min(max(error, -limit), limit) - self._bias)
-            forget = HASTE if abs(self._bias) > 0.9 * self._error + 0.005 else forget
-        keep = np.where(self._weight > KEPT, forget, 1.0)
+            if abs(self._bias) > 1.1 * self._error + 0.01:
+                self._rescale(1 + self._bias / 2)
+        keep = np.where(self._weight > KEPT, 0.5 ** (1 / HALF_LIFE), 1.0)
         self._weight *= keep
         self._moments *= keep[:, None, None]
         size, z = int(np.searchsorted(KNEES, rows)), np.array([1, rows, context, seconds]) / expected
@@ -84,6 +84,14 @@ class CostModel:
 
     # ------------------------------------------------------------------------------------------------------------------
 
+    def _rescale(self, factor: float) -> None:
+        """Take all times that were seen, and all that are expected, to be `factor` times as long: errors of one sign mean that the machine has become
+        slower or faster. Its law has the same shape; to forget it would leave the slope to the few sizes that come now."""
+        self._base, self._slope, self._read = self._base * factor, self._slope * factor, self._read * factor
+        self._moments[:, :3, :] /= factor
+        self._moments[:, :, :3] /= factor
+        self._bias -= factor - 1
+
     def _fit(self) -> None:
         """Least squares of relative errors for every knee; the best knee, the smallest among equals."""
         sizes = np.flatnonzero(self._weight)
@@ -114,7 +122,8 @@ def _solve(moments: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[n
     shift = np.tile(np.eye(4), (len(knees), 1, 1))
     shift[:, 1, 0] = -knees  # from there on those beyond it do
     sums = below + shift @ above @ shift.transpose(0, 2, 1)  # [K, 4, 4]
-    norm = np.sqrt(np.einsum("kcc->kc", sums)[:, :3]) + 1e-300
+    norm = np.sqrt(np.maximum(np.einsum("kcc->kc", sums)[:, :3], 0.0))
+    norm[norm < 1e-150] = 1.0  # a column of zeros
     a = sums[:, :3, :3] / norm[:, :, None] / norm[:, None] + np.diag([1e-9, 1e-9, 1e-4])
     b = sums[:, :3, 3] / norm
     both = SUBSETS[:, :, None] & SUBSETS[:, None, :]

@@ -59,6 +59,17 @@ def test_the_size_in_use_is_followed_within_a_hundred_steps() -> None:
     assert model.predict(40, 1000) == pytest.approx(2 * law(CPU, 40, 1000), rel=0.05)
 
 
+def test_a_slower_machine_keeps_its_law() -> None:
+    """Only small passes come after the change: large ones are expected to be slower as well; noise among three sizes says nothing of a slope."""
+    rng, model = np.random.default_rng(11), CostModel()
+    feed(model, CPU, 1000, rng)
+    for _ in range(400):
+        rows = int(rng.integers(9, 12))
+        model.observe(rows, 0, 2 * law(CPU, rows, 0) * max(0.5, 1 + 0.2 * rng.standard_normal()))
+    for rows in (1, 10, 32, 64, 256):
+        assert model.predict(rows, 0) == pytest.approx(2 * law(CPU, rows, 0), rel=0.25)
+
+
 def test_outliers_alone_move_nothing() -> None:
     clean, dirty = CostModel(), CostModel()
     feed(clean, CPU, 400, np.random.default_rng(7), noise=0.0, outliers=0.0)
