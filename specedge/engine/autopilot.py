@@ -13,6 +13,7 @@ TRIAL = 8  # rounds after which the rates are compared as they are
 DOUBT = 1.5  # before: drafting fails if its rate is below the server's even times 1 + DOUBT / sqrt(rounds)
 WORSE, BETTER = 0.95, 1.03  # than the server: drafting is left after a trial; its failures are forgiven. Between them things stay as they are
 FORGET = 0.97  # of what earlier rounds and tokens count, with every new one
+OUTAGE = 5  # times the usual: whatever held the network up for longer says nothing of either way
 LOOK = 8  # tokens that are left to it once, after a first trial that went well: what it can do alone is not known before
 SMALL = 7  # nodes of a tree on trial, which may be in vain
 
@@ -41,6 +42,8 @@ class Autopilot:
     def streamed(self, tokens: int, seconds: float | None) -> None:
         """`tokens` came from the server alone, `seconds` after those before; None: they were the first."""
         if seconds is not None:
+            if self._plain[0] > 8:
+                seconds = min(seconds, OUTAGE * tokens * self._plain[1] / self._plain[0])
             self._plain = [FORGET**tokens * self._plain[0] + tokens, FORGET**tokens * self._plain[1] + seconds]
         self._alone -= tokens
 
@@ -52,6 +55,8 @@ class Autopilot:
         self._accepted += tokens - 1
         self._floor = min(self._floor, step or math.inf)
         if seconds is not None:
+            if self._drafted[2] > 3:
+                seconds = min(seconds, OUTAGE * self._drafted[1] / self._drafted[2])
             self._drafted = [FORGET * old + new for old, new in zip(self._drafted, (tokens, seconds, 1), strict=True)]
         if self._rounds == TRIAL and not self._plain[1] and self._pays():
             self._alone = LOOK

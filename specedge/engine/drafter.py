@@ -396,7 +396,7 @@ class Drafter:
             session.forwards += 1
 
     def _add_children(self, session: Session, node: Node, raw: list[float], values: list[float], ids: list[int]) -> None:
-        best, most = session.best, self.config.tree_size
+        best, most = session.best, max(1, self.config.tree_size)
         for rank, (log_p, value, token) in enumerate(zip(raw, values, ids, strict=True)):
             if log_p > UNLIKELY and token < session.vocab and token not in session.stop:
                 child = self._node(token, node, node.score + value, rank, log_p)
@@ -439,7 +439,8 @@ class Drafter:
         """Expected tokens that another forward would add to the next tree."""
         first = sorted(session.heap[: 2 * self.config.width])[: self.config.width]  # nearly the best: the front of a heap, not its order
         rows = [math.exp(-score - session.root.score) for score, _, _ in first]
-        return gain(self._scores(session, session.size), rows, session.calibration.usual[:4], session.size)
+        size = max(1, session.size)
+        return gain(self._scores(session, size), rows, session.calibration.usual[:4], size)
 
     def _per_second(self, session: Session) -> float:
         """Tokens per second: of the last rounds, or, while there are none, of this one."""

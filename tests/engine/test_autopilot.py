@@ -85,6 +85,17 @@ def test_near_the_border_it_does_not_flap() -> None:
         assert turns < 60
 
 
+def test_an_outage_says_nothing() -> None:
+    pilot = Autopilot()
+    for _ in range(20):
+        pilot.streamed(1, STEP)
+        pilot.drafted(4, 0.06, 0.04)
+    pilot.drafted(4, 30.0, 0.04)
+    pilot.streamed(1, 30.0)
+    pilot.drafted(4, 0.06, 0.04)
+    assert pilot.alone == 0 and not pilot.on_trial
+
+
 def test_the_first_failure_is_forgiven_soon() -> None:
     pilot = Autopilot()
     for _ in range(3):
