@@ -5,7 +5,8 @@
 
 One worker thread owns the link and the drafter; callers reach it through queues. It looks for verdicts between any two draft forwards,
 submits every tree that is ready, and otherwise keeps growing, also while verdicts are in flight or the connection is lost. A text without a draft
-session is decoded by the server alone and streamed, and so is, for a while, one whose drafts do not pay. What is said to the server about a text is in rounds.py, how a server is reached in link.py.
+session is decoded by the server alone and streamed, and so is, for a while, one whose drafts do not pay. What is said to the server about a text is
+in rounds.py, how a server is reached in link.py.
 Invariant: the edge owns its text; what the server says is checked against it before it is believed.
 """
 
