@@ -36,7 +36,7 @@ from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree, make_tree
 
 START = 4  # forwards of a tree as long as no round has been timed
-TRIED = (7, 31, 15)  # nodes, in turn, until it is known what rows cost the server
+TRIED, TRIES = (4, 1, 2), 48  # these parts of the rows that a tree may have, in turn, until it is known what they cost: so many rounds at most
 SHORT = 0.004  # seconds for which a verdict may be kept waiting by a forward
 UNLIKELY = math.log(1e-3)  # a child below this is not kept: it would be the 1000th guess, and costs as much to sort as the first
 
@@ -79,7 +79,7 @@ class Session:
     submitted: list[Node] | None = None  # rows 1..N of the tree whose verdict is awaited
     asleep: bool = False  # nothing is drafted
     forwards: int = 0  # that grew the present tree
-    size: int = TRIED[0]  # nodes of the last tree
+    size: int = 7  # nodes of the last tree
     others: int = 0  # rows of other texts in the step that verified it
     sent: float = 0.0  # when it was submitted
     since: float | None = None  # the last verdict
@@ -191,8 +191,8 @@ class Drafter:
         most = min(most, self.config.tree_size)
         if self.config.depth is not None:
             return most
-        if not self.pace.verify.confident:
-            return min(most, TRIED[self._rounds % len(TRIED)])
+        if not self.pace.verify.confident and self._rounds < TRIES:
+            return max(1, (most + 1) // TRIED[self._rounds % len(TRIED)]) - 1
         rate = session.rate
         outside = rate.outside / rate.rounds if rate.rounds else self.pace.around
         return optimum(self._scores(session, most)[::-1], outside, self.pace.verify, session.others, len(session.tokens))
