@@ -69,7 +69,7 @@ def opened() -> Iterator[Rounds]:
     """A text whose first round is under way on server a."""
     r = begin()
     r.connect("a", 0.0)
-    r.offer(make_tree([5, 6], [0, 1]), False, 0.0)
+    r.offer(make_tree([5, 6], [0, 1]), 0, 0.0)
     assert [type(m) for m in r.speak(0.0, LEASE)] == [Open, Draft]
     assert r.speak(RESEND - 0.01, LEASE) == [] and r.next == RESEND
     yield r
@@ -102,7 +102,7 @@ def test_a_round_survives_a_reconnect(opened: Rounds) -> None:
 @pytest.mark.parametrize("answer", [NeedPrefill, Gone])
 def test_a_session_is_rebuilt(opened: Rounds, answer: type[NeedPrefill]) -> None:
     opened.take(verdict(opened), 1.0)
-    opened.offer(EMPTY, False, 1.0)
+    opened.offer(EMPTY, 0, 1.0)
     opened.connect("a", 5.0)
     opened.speak(5.0, LEASE)
     opened.take(answer(opened.id), 6.0)
@@ -151,7 +151,7 @@ def test_the_end_is_told_to_who_may_know_the_beginning(opened: Rounds) -> None:
 
 def test_old_errors_do_not_matter(opened: Rounds) -> None:
     opened.take(verdict(opened), 1.0)
-    opened.offer(EMPTY, False, 1.0)
+    opened.offer(EMPTY, 0, 1.0)
     opened.speak(1.0, LEASE)
     for code in ("round", "base", "session", "tree"):
         opened.take(Error(opened.id, code, "of a late copy", 1), 2.0)
@@ -168,7 +168,7 @@ def test_rebuilding_has_an_end(opened: Rounds, code: str) -> None:
             now += 10
             assert kinds(opened, now) == [Open, Draft]
         opened.take(verdict(opened, opened.round, base), now)
-        opened.offer(EMPTY, False, now)
+        opened.offer(EMPTY, 0, now)
         base += 1
         opened.speak(now, LEASE)
     with pytest.raises(ServerError, match="the server refuses: no") as e:
@@ -190,7 +190,7 @@ def test_a_slow_draft_keeps_its_lease(opened: Rounds) -> None:
     opened.take(verdict(opened), 1.0)
     assert kinds(opened, 4.0) == [Lease] and opened.next == 4.0 + LEASE / 3
     opened.check_patience(1000.0, "", 0.0)
-    opened.offer(EMPTY, False, 1000.0)
+    opened.offer(EMPTY, 0, 1000.0)
     assert kinds(opened, 1000.0) == [Draft]
 
 
@@ -445,7 +445,7 @@ class Machine(RuleBasedStateMachine):
             for _ in range(200):
                 for c in self.alive:
                     if c.rounds.sent is None and not c.finished:
-                        c.rounds.offer(EMPTY, True, self.now)
+                        c.rounds.offer(EMPTY, c.rounds.limit, self.now)
                     if not c.finished:
                         self.speak(c)
                     while c.up:
