@@ -23,7 +23,7 @@ from bench.cells import Record, breakdown, digest, figures, rounds
 from bench.claims import report
 from bench.common import SHAPES
 from bench.logged import seconds
-from bench.roles import EdgeRole, Role, ServerRole, Setup
+from bench.roles import EdgeRole, Role, ServerRole, Setup, pin
 from bench.step import machine
 from bench.timeline import draw, perfetto
 from bench.wan import Network, Wan
@@ -114,6 +114,7 @@ class Bench:
         kv = max(4096, (self.most + 1) * (PREFIX + args.tokens + 128))
         dtype = "float32" if args.pair == "narrow" else "bfloat16"
         self.setup = Setup(DEMO / "target", DEMO / "draft", target, draft, args.device, dtype, self.most, kv, *cores)
+        pin(self.setup.edge_core)  # the network, which lives in this process, is on the edges' side
         self.server = Role(ServerRole, self.setup)
         self.edges: list[Role] = []
         self.target_pace, self.draft_pace = self.server.ask("measure")
