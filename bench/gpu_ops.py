@@ -56,7 +56,7 @@ def ops(lab: Lab) -> None:
     cells: dict[str, Cell] = {}
     with lab.device:
         for rows in (1,) if lab.dry else (64, 16, 1, 256):
-            for name, moved, flops, call in others(c, torch.float32 if lab.dry else lab.dtype, rows):
+            for name, moved, flops, _, call in others(c, torch.float32 if lab.dry else lab.dtype, rows):
                 cells[name] = lambda m=moved, f=flops, call=call: {"moved": m, "flops": f, "us": lab.us(call, 16)}  # type: ignore[misc]
         cells[f"gumbel {c.vocab}"] = lambda: {
             "moved": 4 * c.vocab, "flops": 0, "us": lab.us(lambda: kernels.gumbel(1, 1, c.vocab, lab.device), 16)

@@ -120,4 +120,4 @@ def wide_runner(path: Path, shape: ModelConfig, sizes: EngineConfig, device: tor
     with ExitStack() as stack:
         reader = Reader(shards(path), device, dtype, stack, lambda: None)
         weights = assemble(widen(reader.get, narrow, wide, make), wide)
-    return Runner(Decoder(wide, weights, min(wide.max_positions, sizes.kv_tokens)), sizes, rows or sizes.max_rows)
+    return Runner(Decoder(wide, weights, min(wide.max_positions, sizes.tokens)), sizes, rows or sizes.max_rows)

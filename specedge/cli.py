@@ -84,7 +84,7 @@ def server() -> NoReturn:
     s.add_argument("--demo", action=SWITCH, default=False, help="serve the small model that comes with specedge")
     s.add_argument("--listen", default="tcp://127.0.0.1:0", metavar="ENDPOINT", help="address; port 0 takes a free one (default: %(default)s)")
     s.add_argument("--max-rows", type=int, default=512, metavar="N", help="rows of one forward pass (default: %(default)s)")
-    s.add_argument("--kv-tokens", type=int, default=16384, metavar="N", help="tokens whose keys and values are kept (default: %(default)s)")
+    s.add_argument("--kv-tokens", type=int, metavar="N", help="tokens whose keys and values are kept (default: 16384; on a GPU what fits)")
     s.add_argument("--admission", action=SWITCH, default=True, help="verify the nodes that are worth their time; --no-admission: all of them")
     s.add_argument("--pipeline", action=SWITCH, default=True, help="time steps by when drafts come; --no-pipeline: verify what is there at once")
     s.add_argument("--keys", type=Path, metavar="DIR", help="encrypt, and serve only keys that are authorised in this directory (see keygen)")

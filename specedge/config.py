@@ -13,6 +13,7 @@ from specedge.tree import MAX_NODES
 GREEDY_BELOW = 1e-5  # a temperature below this means argmax: 1/T would push logits out of float32's useful range
 MAX_ROWS_PER_TREE = MAX_NODES + 1
 PRIORITIES = ("interactive", "batch")  # batch: only rows that cost interactive texts nothing
+KV_TOKENS = 16384  # of an engine of which nothing else is known
 
 
 class SpecedgeError(Exception):
@@ -177,26 +178,34 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Sizes of an engine. `kv_tokens`: tokens whose K/V fit its pages; `max_rows`: rows of one step. `admission`: of every tree verify the nodes
-    that are worth their rows, else all of them."""
+    """Sizes of an engine. `kv_tokens`: tokens whose K/V fit its pages, None: 16,384, or on a GPU what `gpu_share` of its memory leaves beside
+    weights and passes; `max_rows`: rows of one step. `admission`: of every tree verify the nodes that are worth their rows, else all of them."""
 
-    kv_tokens: int = 16384
+    kv_tokens: int | None = None
     page_size: int = 64
     max_rows: int = 512
     max_sequences: int = 256
     admission: bool = True
+    gpu_share: float = 0.9
 
     def __post_init__(self) -> None:
         _require(self.page_size in (16, 32, 64, 128), "page_size", self.page_size, "16, 32, 64 or 128")
-        enough = isinstance(self.kv_tokens, int) and self.kv_tokens >= self.page_size
+        enough = self.kv_tokens is None or (isinstance(self.kv_tokens, int) and self.kv_tokens >= self.page_size)
         _require(enough, "kv_tokens", self.kv_tokens, f"an integer of at least one page of {self.page_size}")
         _require_int("max_rows", self.max_rows, 2, 65536)
         _require_int("max_sequences", self.max_sequences, 1, 65536)
+        share = isinstance(self.gpu_share, int | float) and 0 < self.gpu_share <= 1
+        _require(share, "gpu_share", self.gpu_share, "above 0 and at most 1")
+
+    @property
+    def tokens(self) -> int:
+        """kv_tokens, or what stands for None where no GPU's memory is asked."""
+        return KV_TOKENS if self.kv_tokens is None else self.kv_tokens
 
     @property
     def pages(self) -> int:
-        """Whole pages that hold kv_tokens at most."""
-        return self.kv_tokens // self.page_size
+        """Whole pages that hold so many tokens at most."""
+        return self.tokens // self.page_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +220,7 @@ class DraftConfig:
     proactive: bool = True  # keep growing while the verdict is in flight
     autopilot: bool = True  # an edge leaves the text to the server while drafts do not pay; not with a `depth`
     max_sessions: int = 8
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(max_rows=256))
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(KV_TOKENS, max_rows=256))
 
     def __post_init__(self) -> None:
         _require_int("tree_size", self.tree_size, 0, MAX_NODES)

@@ -228,6 +228,12 @@ def test_the_reader_of_public_names() -> None:
     assert undocumented("S", Silent) == ["S", "S.method"]
 
 
+def test_engines_need_no_network() -> None:
+    """A machine that only computes, such as one for bench.gpu, has neither pyzmq nor msgspec."""
+    code = "import sys, specedge.engine.aio, specedge.engine.speculative; print({'zmq', 'msgspec'} & set(sys.modules))"
+    assert run_python(code) == "set()"
+
+
 def test_the_cpu_path_does_not_import_triton() -> None:
     code = "import sys, specedge; specedge.SpeculativeEngine, specedge.Edge, specedge.Server; print('triton' in sys.modules)"
     assert run_python(code) == "False"

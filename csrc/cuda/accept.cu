@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int THREADS = 256, MOST_ROWS = 256, WORDS = MOST_ROWS / 64;
-constexpr int CHUNK = 32;  // rows that a block copies
+constexpr int CHUNK = 32, TURNS = 4;  // rows that a block copies at a time; blocks that take turns at a segment
 
 // One segment, as reference.accept takes it. Row j of it has bit j in ancestor words; rows chain-1 .. nq-1 are the tree, the first of them its root.
 struct Tree {
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(THREADS) accept_kernel(const int32_t* segments
   const int32_t *segment = segments + 6 * b, *v = verify + 5 * b;
   const int64_t q0 = segment[0], k0 = segment[2];
   const int nq = segment[1], prefix = segment[4], want = v[0], chain = v[1];
-  if (nq == 0) return;
+  if (int(blockIdx.z) * CHUNK >= nq) return;  // nothing to copy, or padding
   const Tree tree = {tokens + q0, sampled + (want < 0 ? 0 : want), reinterpret_cast<const uint64_t*>(anc) + q0 * words, words, nq, chain, v[2],
                      stops + v[3], stops + v[4]};
   if (t < WORDS) good[t] = ~0ull;
@@ -80,14 +80,17 @@ __global__ void __launch_bounds__(THREADS) accept_kernel(const int32_t* segments
     results[3 * b + 2] = tree.ends(token) ? 1 : depth + 1 == tree.room ? 2 : 0;
   }
 
-  const int kept = chain + depth, first = blockIdx.z * CHUNK, end = first + CHUNK < kept ? first + CHUNK : kept;
+  const int kept = chain + depth;
   const int64_t part = blockIdx.x;  // of layers x (keys, values)
-  for (int i = t; i < (end - first) * heads * vectors; i += THREADS) {
-    const int row = first + i / (heads * vectors), head = i / vectors % heads, at = i % vectors;
-    const int64_t from = k0 + (row < chain ? row : path[row - chain]);
-    const int64_t page = page_table[int64_t(b) * width + (prefix + row) / page_size], offset = (prefix + row) % page_size;
-    pages_kv[(((part * pages + page) * heads + head) * page_size + offset) * vectors + at] =
-        rows_kv[((part * slots + from) * heads + head) * vectors + at];
+  for (int first = blockIdx.z * CHUNK; first < kept; first += gridDim.z * CHUNK) {
+    const int end = first + CHUNK < kept ? first + CHUNK : kept;
+    for (int i = t; i < (end - first) * heads * vectors; i += THREADS) {
+      const int row = first + i / (heads * vectors), head = i / vectors % heads, at = i % vectors;
+      const int64_t from = k0 + (row < chain ? row : path[row - chain]);
+      const int64_t page = page_table[int64_t(b) * width + (prefix + row) / page_size], offset = (prefix + row) % page_size;
+      pages_kv[(((part * pages + page) * heads + head) * page_size + offset) * vectors + at] =
+          rows_kv[((part * slots + from) * heads + head) * vectors + at];
+    }
   }
 }
 
@@ -98,7 +101,8 @@ extern "C" int specedge_accept(const int32_t* segments, const int32_t* page_tabl
                                const int64_t* sampled, const int32_t* verify, const int32_t* stops, int32_t* results, const void* rows_kv,
                                void* pages_kv, int count, int most, int words, int width, int parts, int slots, int pages, int heads, int page_size,
                                int vectors, cudaStream_t stream) {
-  const dim3 grid(parts, count, (most + CHUNK - 1) / CHUNK);
+  const int chunks = (most + CHUNK - 1) / CHUNK;
+  const dim3 grid(parts, count, chunks < TURNS ? chunks : TURNS);
   accept_kernel<<<grid, THREADS, 0, stream>>>(segments, page_table, tokens, anc, sampled, verify, stops, results,
                                              static_cast<const uint4*>(rows_kv), static_cast<uint4*>(pages_kv), words, width, slots, pages, heads,
                                              page_size, vectors);

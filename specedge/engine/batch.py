@@ -43,6 +43,11 @@ class BatchBuilder:
     def rows(self) -> int:
         return len(self._tokens)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, segments, and rows whose logits are wanted."""
+        return len(self._tokens), len(self._segments), len(self._wanted)
+
     def add(
         self, tokens: list[int], positions: list[int], slots: list[int], keys: tuple[int, int], prefix: int, pages: list[int],
         anc: list[int] | None, wanted: list[int],
@@ -61,24 +66,25 @@ class BatchBuilder:
             self._words = max(self._words, (keys[1] + 63) // 64)
         self._k_pos[slots] = positions
 
-    def build(self, device: torch.device) -> StepBatch:
-        """The batch on `device`."""
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The fields of a StepBatch, on the host."""
         table = np.zeros((len(self._tables), max(1, *map(len, self._tables))), np.int32)
         for i, pages in enumerate(self._tables):
             table[i, : len(pages)] = pages
         bits = b"".join(a.to_bytes(8 * self._words, "little") for a in self._anc)
         anc = np.frombuffer(bits, "<i8").reshape(self.rows, self._words).copy()
 
-        def move(values: object, dtype: type) -> Tensor:
-            return torch.from_numpy(np.array(values, dtype)).to(device, non_blocking=True)
+        return {
+            "tokens": np.array(self._tokens, np.int64),
+            "positions": np.array(self._positions, np.int32),
+            "slots": np.array(self._slots, np.int32),
+            "segments": np.array(self._segments, np.int32),
+            "page_table": table,
+            "k_pos": self._k_pos.copy(),
+            "anc": anc,
+            "wanted": np.array(self._wanted, np.int64),
+        }
 
-        return StepBatch(
-            tokens=move(self._tokens, np.int64),
-            positions=move(self._positions, np.int32),
-            slots=move(self._slots, np.int32),
-            segments=move(self._segments, np.int32),
-            page_table=move(table, np.int32),
-            k_pos=move(self._k_pos, np.int32),
-            anc=move(anc, np.int64),
-            wanted=move(self._wanted, np.int64),
-        )
+    def build(self, device: torch.device) -> StepBatch:
+        """The batch on `device`."""
+        return StepBatch(**{name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in self.arrays().items()})

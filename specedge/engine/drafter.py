@@ -19,18 +19,16 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.calibration import Calibration
+from specedge.engine.graphs import make_scorer
 from specedge.engine.hub import locate
 from specedge.engine.pace import Pace, Rate, Served, gain, optimum
 from specedge.engine.pages import PagePool, PageTable
 from specedge.engine.runner import Runner
-from specedge.engine.sampler import Ask, Sampler
+from specedge.engine.sampler import Ask
 from specedge.engine.texts import UseError
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree, make_tree
@@ -108,7 +106,8 @@ class Drafter:
         self._clock = clock
         self._vocab = vocab = runner.model.config.vocab
         self.pool = PagePool(runner.sizes.pages, runner.sizes.page_size)
-        self._sampler = Sampler(vocab, tokenizer.size if tokenizer else vocab, runner.device)
+        ids = tokenizer.size if tokenizer else vocab
+        self._score = make_scorer(runner, ids, config.max_sessions, config.width, config.tau, config.branch)
         self._regions = [i * MAX_ROWS_PER_TREE for i in range(config.max_sessions)][::-1]
         self._sessions: list[Session] = []
         self._made = 0  # nodes, for their order
@@ -133,7 +132,7 @@ class Drafter:
             for session in list(self._sessions):
                 self.cancel(session)
             self.closed = True
-            del self.runner, self._sampler
+            del self.runner, self._score
 
     def __enter__(self) -> Self:
         return self
@@ -300,14 +299,15 @@ class Drafter:
         if batch.rows == 0:
             return False
         rows, context = batch.rows, sum(len(s.tokens) for s, _ in grown)
-        logits = self.runner.run(batch)
+        asks = [Ask(s.params, s.tokens, s.prompt_len, s.stop, [_path(n) for n in nodes]) for s, nodes in grown]
+        children = self._score(batch, asks)
         for session, length in chains:
             rows_ = list(range(session.base, session.base + length))
             self.runner.commit(rows_, *session.table.locate(session.computed, session.computed + length))
             session.computed += length
             session.table.fill(session.tokens, session.computed)
         if grown:
-            self._branch(logits, grown)
+            self._branch(grown, *children)
         self._ended = self._clock()
         self._took = self._ended - begun
         self.pace.draft.observe(rows, context, self._took)
@@ -382,17 +382,16 @@ class Drafter:
             session.computed, session.table.pages, [n.seen for n in nodes], list(range(len(nodes))),
         )  # fmt: skip
 
-    def _branch(self, logits: Tensor, grown: list[tuple[Session, list[Node]]]) -> None:
-        """Give every grown node its best children."""
-        log_p, tokens = self._score(logits, grown)
-        first = 0
+    def _branch(self, grown: list[tuple[Session, list[Node]]], values: list[list[float]], tokens: list[list[int]]) -> None:
+        """Give every grown node its best children: of each row their log-probabilities and ids."""
+        log_p, first = np.array(values, np.float32), 0
         for session, nodes in grown:
             mine = slice(first, first := first + len(nodes))
             scores = session.calibration.log_acceptances(log_p[mine]).tolist()
-            for node, raw, values, ids in zip(nodes, log_p[mine].tolist(), scores, tokens[mine], strict=True):
+            for node, raw, score, ids in zip(nodes, values[mine], scores, tokens[mine], strict=True):
                 position = len(session.tokens) - session.root.depth + node.depth
                 if position <= session.limit - 2:  # token limit-1 closes the text, so no node can be accepted there
-                    self._add_children(session, node, raw, values, ids)
+                    self._add_children(session, node, raw, score, ids)
             session.forwards += 1
 
     def _add_children(self, session: Session, node: Node, raw: list[float], values: list[float], ids: list[int]) -> None:
@@ -406,13 +405,6 @@ class Drafter:
                 if len(best) < most or child.score > best[0]:
                     insort(best, child.score)
                     del best[:-most]
-
-    @torch.inference_mode()
-    def _score(self, logits: Tensor, grown: list[tuple[Session, list[Node]]]) -> tuple[NDArray[np.float32], list[list[int]]]:
-        """Log-probability `[n, branch]` and id of the best children of every row, with the noise that the target will use."""
-        asks = [Ask(s.params, s.tokens, s.prompt_len, s.stop, [_path(n) for n in nodes]) for s, nodes in grown]
-        values, ids = self._sampler.score(logits, self._sampler.draw(asks, looser=True), self.config.tau, self.config.branch)
-        return values.cpu().numpy(), ids.tolist()
 
     # ------------------------------------------------------------------------------------------------------------------
     # nodes

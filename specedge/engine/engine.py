@@ -9,36 +9,25 @@ any. Invariant: the text of a sequence is a function of model, tokens, parameter
 """
 
 import time
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
 
 from specedge.config import EngineConfig, SamplingParams, is_batch
 from specedge.engine.admission import Admission
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.cost import CostModel
+from specedge.engine.graphs import make_verifier
 from specedge.engine.hub import locate
 from specedge.engine.pages import OutOfPages, PagePool
 from specedge.engine.pipeline import Turn
-from specedge.engine.request import Account, Output, Sequence, Verdict, walk
+from specedge.engine.request import Account, Output, Sequence, Verdict
 from specedge.engine.runner import Runner
-from specedge.engine.sampler import Ask, Sampler
 from specedge.engine.scheduler import ALL, CHUNK_BESIDE_TREES, LEAST, Grant, Want, schedule, turns
 from specedge.engine.texts import Guard, RequestError, Text, TextEngine, alone
+from specedge.engine.verify import Found, Job
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A sequence's share of a step: `grant.rows` rows of the row buffer from `first` on, the tail of which is `tree`."""
-
-    sequence: Sequence
-    grant: Grant
-    tree: TokenTree
-    first: int
 
 
 class Engine(TextEngine):
@@ -52,7 +41,7 @@ class Engine(TextEngine):
         # on a GPU many rows are nearly free: an H200 has its balance at 183 rows, smaller ones at 64 or more
         self.cost = CostModel() if runner.device.type == "cpu" else CostModel(share=1 / 128, knee=64)
         self.admission = Admission(self.cost)
-        self._sampler = Sampler(self.vocab, tokenizer.size if tokenizer else self.vocab, runner.device)
+        self._verify = make_verifier(runner, tokenizer.size if tokenizer else self.vocab)
         self._waiting: list[Sequence] = []  # not admitted yet
         self._running: list[Sequence] = []  # longest waiting first
         self._opened = 0  # sequences so far
@@ -182,8 +171,8 @@ class Engine(TextEngine):
         if not jobs:
             return []
         context = sum(job.sequence.computed for job in jobs)
-        sampled = self._sample(batch, jobs)
-        verdicts = [v for job in jobs if (v := self._accept(job, sampled)) is not None]
+        found = self._verify(batch, jobs)
+        verdicts = [v for job, f in zip(jobs, found, strict=True) if (v := self._extend(job, f)) is not None]
         self._learn([job for job in jobs if job.grant.token], verdicts, batch.rows, context, begun)
         for v in verdicts:
             if v.sequence in self._texts:
@@ -318,42 +307,20 @@ class Engine(TextEngine):
         )
         return Job(s, grant, tree, first)
 
-    def _sample(self, batch: BatchBuilder, jobs: list[Job]) -> Iterator[tuple[list[int], Tensor | None]]:
-        """Run the batch and sample every row from each root down. For every job that wants a token, in their order: the tokens of its rows and, where
-        log-probabilities are asked for, the logits `[rows, V]` of them as the model gave them."""
-        asks = []
-        for job in jobs:
-            if job.grant.token:
-                s = job.sequence
-                asks.append(Ask(s.params, s.tokens, s.prompt_len, s.stop, job.tree.texts()))
-        logits = self.runner.run(batch)
-        if not asks:
-            return iter([])
-        each = logits.split_with_sizes([len(ask.paths) for ask in asks])
-        raw = [rows.clone() if ask.params.logprobs is not None else None for ask, rows in zip(asks, each, strict=True)]  # sampling changes logits
-        sampled = iter(self._sampler(logits, asks))
-        return iter([([next(sampled) for _ in ask.paths], rows) for ask, rows in zip(asks, raw, strict=True)])
-
-    def _accept(self, job: Job, sampled: Iterator[tuple[list[int], Tensor | None]]) -> Verdict | None:
-        """Walk the tree, commit the K/V of what was accepted, extend the text."""
-        s, grant = job.sequence, job.grant
-        kept = list(range(job.first, job.first + grant.chain))
-        verdict = None
-        if grant.token:
-            base = len(s.tokens)
-            tokens, logits = next(sampled)
-            row, path, last, s.finish = walk(job.tree, tokens, s.stop, s.limit - base)
-            rows = job.tree.path(row)
-            kept += [job.first + grant.chain - 1 + r for r in rows]
-            logprobs = None
-            if logits is not None and s.params.logprobs is not None:
-                logprobs = self._sampler.logprobs(logits[[0, *rows]], [*path, last], s.params.logprobs)
-            s.tokens += [*path, last]
-            s.tree = None
-            verdict = Verdict(s, base, row, tuple(path), (last,), grant.chain + len(job.tree), s.finish, logprobs)
+    def _extend(self, job: Job, found: Found | None) -> Verdict | None:
+        """Extend the text by what was found; the K/V of it is in the pages already."""
+        s, verdict = job.sequence, None
+        kept = job.grant.chain
+        if found is not None:
+            base, rows = len(s.tokens), job.tree.path(found.row)
+            kept += len(rows)
+            path = tuple(int(job.tree.tokens[r - 1]) for r in rows)
+            s.tokens += [*path, found.last]
+            s.tree, s.finish = None, found.finish
+            verified = job.grant.chain + len(job.tree)
+            verdict = Verdict(s, base, found.row, path, (found.last,), verified, found.finish, found.logprobs)
         assert s.table is not None
-        self.runner.commit(kept, *s.table.locate(s.computed, s.computed + len(kept)))
-        s.computed += len(kept)
+        s.computed += kept
         s.table.fill(s.tokens, s.computed)
         if verdict is not None:
             self._running.remove(s)
@@ -396,7 +363,7 @@ class Engine(TextEngine):
                 for s in [*self._waiting, *self._running, *self._texts]:
                     self._cancel(s)
                 self.guard.closed = True
-                del self.runner, self._sampler
+                del self.runner, self._verify
 
 
 def _within(tree: TokenTree, room: int) -> int:

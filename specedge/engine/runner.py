@@ -4,6 +4,7 @@ Runs a batch and commits rows; does not know who asked. Engine and drafter each 
 only, so pages change by `commit` alone and never roll back.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from specedge import kernels
-from specedge.config import EngineConfig, SpecedgeError
+from specedge.config import EngineConfig, ModelConfig, SpecedgeError
 from specedge.engine.batch import BatchBuilder
+from specedge.engine.buckets import kv_tokens_that_fit, workspace
 from specedge.engine.model import Decoder
 from specedge.engine.weights import load_weights, read_config
 
@@ -45,21 +47,45 @@ def choose(device: str | None, dtype: str | None) -> tuple[torch.device, torch.d
     return torch.device(device), *DTYPES[dtype]
 
 
+def there_is(device: torch.device) -> str:
+    """The memory of a GPU, in words."""
+    free, total = torch.cuda.mem_get_info(device)
+    return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free"
+
+
+def sizes_for(c: ModelConfig, sizes: EngineConfig, device: torch.device, itemsize: int) -> EngineConfig:
+    """`sizes` with a number of kv_tokens: on a GPU, if none is given, as many as fit it beside the weights that are there already."""
+    if sizes.kv_tokens is not None or device.type != "cuda":
+        return sizes
+    torch.cuda.empty_cache()  # what joining matrices has left behind
+    tokens = kv_tokens_that_fit(c, sizes, itemsize, *torch.cuda.mem_get_info(device))
+    if tokens < sizes.page_size:
+        need = workspace(c, sizes.max_rows, itemsize) / 1e9
+        raise DeviceError(
+            f"{device} has no room for K/V: {there_is(device)}, passes of {sizes.max_rows} rows take {need:.1f} GB, and {sizes.gpu_share:.0%} may be "
+            "used; ask for fewer max_rows or a larger gpu_share, or use a smaller model"
+        )
+    return replace(sizes, kv_tokens=tokens)
+
+
 class Runner:
     """`rows` rows of row buffer and `sizes.pages` pages for one model."""
 
     def __init__(self, model: Decoder, sizes: EngineConfig, rows: int) -> None:
         c = model.config
-        self.model, self.sizes = model, sizes
         like = model.weights.embedding
         self.device, self.dtype = like.device, like.dtype
-        try:
-            self.rows = like.new_zeros((c.layers, 2, rows, c.kv_heads, c.head_dim))
-            self.pages = like.new_zeros((c.layers, 2, sizes.pages, c.kv_heads, sizes.page_size, c.head_dim))
+        self.model, self.sizes = model, sizes
+        try:  # and a row and a page for the dummy that pads captured passes
+            self.rows = like.new_zeros((c.layers, 2, rows + 1, c.kv_heads, c.head_dim))
+            self.pages = like.new_zeros((c.layers, 2, sizes.pages + 1, c.kv_heads, sizes.page_size, c.head_dim))
         except RuntimeError:
-            need = (sizes.kv_tokens + rows) * c.kv_bytes_per_token(like.element_size())
-            raise DeviceError(f"{need / 1e9:.1f} GB for the K/V of {sizes.kv_tokens} tokens do not fit {self.device}: ask for fewer") from None
-        self.k_pos = np.zeros(rows, np.int32)
+            need = (sizes.tokens + rows) * c.kv_bytes_per_token(like.element_size())
+            there = f" ({there_is(self.device)})" if self.device.type == "cuda" else ""
+            raise DeviceError(
+                f"{need / 1e9:.1f} GB for the K/V of {sizes.tokens} tokens do not fit {self.device}{there}: ask for fewer kv_tokens"
+            ) from None
+        self.k_pos = np.zeros(rows + 1, np.int32)
 
     @classmethod
     def load(cls, path: Path, sizes: EngineConfig, rows: int, device: str | None, dtype: str | None, progress: bool) -> "Runner":
@@ -67,7 +93,8 @@ class Runner:
         config = read_config(path)
         chosen, kind, bits = choose(device, dtype)
         weights = load_weights(path, config, chosen, kind, bits, progress)
-        return cls(Decoder(config, weights, min(config.max_positions, sizes.kv_tokens)), sizes, rows)
+        sizes = sizes_for(config, sizes, chosen, weights.embedding.element_size())
+        return cls(Decoder(config, weights, min(config.max_positions, sizes.tokens)), sizes, rows)
 
     @property
     def context(self) -> int:
@@ -87,5 +114,7 @@ class Runner:
     def commit(self, rows: list[int], pages: list[int], offsets: list[int]) -> None:
         """Copy the K/V of row-buffer rows to (page, offset), over all layers."""
         if rows:
-            index = torch.tensor([rows, pages, offsets], device=self.device)
+            index = torch.tensor([rows, pages, offsets])
+            if self.device.type == "cuda":  # from pinned memory the copy is not waited for
+                index = index.pin_memory().to(self.device, non_blocking=True)
             kernels.commit(self.rows, self.pages, index[0], index[1], index[2])

@@ -106,6 +106,10 @@ class Sampler:
         filters, noisy = any(a.params.filters and not a.params.greedy for a in asks), bool((arrays["noise_row"] >= 0).any())
         return Draw(**{name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()}, filters=filters, noisy=noisy)
 
+    def fill(self, fills: np.ndarray) -> None:
+        """Fill in noise that `arrays` has given a place to, if nothing else will."""
+        kernels.fill_noise(self.noise.table, torch.from_numpy(fills).to(self._device))
+
     def sample(self, logits: Tensor, draw: Draw) -> Tensor:
         """The token of every row `[n]` int64. Waits for nothing, so it can be captured."""
         kernels.fill_noise(self.noise.table, draw.fills)

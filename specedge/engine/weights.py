@@ -284,7 +284,9 @@ def load_weights(path: Path, config: ModelConfig, device: torch.device, dtype: t
     except (MemoryError, RuntimeError) as e:  # torch has no type of its own for a CPU that is full
         if "memory" not in str(e):
             raise
-        raise ModelError(f"{path} does not fit the memory of {device} in {dtype}: use a smaller model or dtype") from None
+        size = f"{sum(file.stat().st_size for file in shards(path)) / 1e9:.1f} GB of files"
+        room = f"; the device has {torch.cuda.mem_get_info(device)[1] / 1e9:.1f} GB" if device.type == "cuda" else ""
+        raise ModelError(f"{path} does not fit the memory of {device} in {dtype} ({size}{room}): use a smaller model or dtype") from None
 
 
 def assemble(get: Get, c: ModelConfig, bits: int | None = None) -> Weights:

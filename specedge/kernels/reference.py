@@ -192,10 +192,12 @@ def accept(
     rows, at = list[int](), list[tuple[int, int]]()
     each = zip(segments.tolist(), verify.tolist(), strict=True)
     for b, ((q0, nq, k0, _, prefix, _), (want, chain, room, first_stop, end_stop)) in enumerate(each):
+        if nq == 0:
+            continue  # padding
         stop, path, row, finish = set(stops[first_stop:end_stop].tolist()), list[int](), chain - 1, 0
         seen = [sum((w & 2**64 - 1) << 64 * i for i, w in enumerate(words)) for words in anc[q0 : q0 + nq].tolist()]
         parent = {j: max(chain, (seen[j] & (1 << j) - 1).bit_length()) - 1 for j in range(chain, nq)}
-        while nq and want >= 0:
+        while want >= 0:
             token = int(sampled[want + row - (chain - 1)])
             finish = 1 if token in stop else 2 if len(path) + 1 == room else 0
             below = next((j for j in parent if parent[j] == row and tokens[q0 + j] == token), None)
@@ -204,10 +206,9 @@ def accept(
                 break
             row = below
             path.append(row)
-        if nq:
-            kept = [*range(chain), *path]
-            rows += [k0 + j for j in kept]
-            at += [(int(page_table[b, t // pages_kv.shape[4]]), t % pages_kv.shape[4]) for t in range(prefix, prefix + len(kept))]
+        kept = [*range(chain), *path]
+        rows += [k0 + j for j in kept]
+        at += [(int(page_table[b, t // pages_kv.shape[4]]), t % pages_kv.shape[4]) for t in range(prefix, prefix + len(kept))]
     if rows:
         pages, offsets = torch.tensor(at, device=tokens.device).unbind(1)
         commit(rows_kv, pages_kv, torch.tensor(rows, device=tokens.device), pages, offsets)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from specedge import kernels
+from tests.kernels.interpret import mended
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, and again when a kernel is defined
@@ -31,13 +32,7 @@ def threads() -> Any:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where Triton ops run: the GPU, or the CPU in the interpreter, which needs a mend: numpy 2.4 makes no int of an array of one element."""
+    """Where Triton ops run: the GPU, or the CPU in the interpreter."""
     interpreter = pytest.importorskip("triton.runtime.interpreter", reason="triton is not installed: pip install triton")
-    patch = interpreter._patch_lang_tensor
-
-    def mended(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", mended)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", mended(interpreter))
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,165 @@
+"""What is captured on a GPU, run on the CPU in the same padded shapes: the bits of a pass, the ids of texts, the trees of drafts.
+
+With CUDA_OPS the kernels of csrc/cuda take part too, on the CPU as in tests/kernels/test_cuda.py. What only a GPU can show is marked gpu.
+"""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specedge import kernels
+from specedge.config import DraftConfig, EngineConfig, ModelConfig, SamplingParams
+from specedge.engine import graphs
+from specedge.engine import runner as runners
+from specedge.engine.batch import StepBatch
+from specedge.engine.buckets import Bucket, buckets, fits, kv_tokens_that_fit, layout, least_bucket, pack, size
+from specedge.engine.graphs import CapturedScorer, CapturedVerifier, Passes
+from specedge.engine.runner import DeviceError, sizes_for
+from specedge.engine.speculative import SpeculativeEngine
+from specedge.kernels.cuda_ops import CudaOps
+from tests.engine.test_model import Text
+from tests.helpers import check_empty, drafter, engine, random_model, random_tree, runner
+from tests.kernels.test_cuda import emulate
+
+EVERY = {
+    "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.4, "logit_bias": {7: 3.0, 9: -2.0},
+    "min_tokens": 5, "stop_ids": (3, 8, 40),
+}  # fmt: skip
+GPU_8B = ModelConfig(4096, 32, 32, 8, 128, 14336, 128256, 1e-5, 5e5, 131072, False)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model(tmp_path_factory.mktemp("model"), 1)
+
+
+@pytest.fixture(params=["ops", "cuda"])
+def ops(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's ops, or those of csrc/cuda in their place where there are any."""
+    if request.param == "cuda":
+        cuda: CudaOps = emulate(tmp_path, 64)
+        names = ("accept", "adjust", "fill_noise", "sample", "truncate")
+        mixed = replace(kernels._CPU, **{name: getattr(cuda, name) for name in names})
+        monkeypatch.setattr(kernels, "_ops_of", lambda _: mixed)
+
+
+def captured(e: Any) -> Any:
+    """An engine whose steps run as on a GPU."""
+    e._verify = CapturedVerifier(e.runner, graphs.Sampler(e.vocab, e.vocab, e.runner.device, e.runner.sizes.max_rows))
+    return e
+
+
+@given(st.integers(2, 3000), st.integers(1, 300), st.data())
+def test_a_batch_finds_the_least_bucket(max_rows: int, max_segments: int, data: st.DataObject) -> None:
+    among = buckets(max_rows, min(max_rows, max_segments), 64)
+    rows = data.draw(st.integers(1, max_rows))
+    segments, wanted = data.draw(st.integers(1, min(rows, max_segments, max_rows))), data.draw(st.integers(0, rows))
+    bucket = least_bucket(among, rows, segments, wanted)
+    assert bucket is not None and bucket.rows >= rows and bucket.segments >= segments and bucket.wanted >= wanted
+    assert bucket.rows <= max(64, 2 * rows) and among[0] == max(among) and len(among) <= 120
+    assert least_bucket(among, max_rows + 1, 1, 1) is None
+
+
+def test_fields_lie_apart_and_are_padded() -> None:
+    fields_ = layout(Bucket(16, 3, 8), 33, 5, 77)
+    buffer = np.full(size(fields_), 255, np.uint8)
+    arrays = {"tokens": np.arange(9), "page_table": np.ones((2, 4), np.int32), "anc": np.full((9, 2), -1)}
+    assert fits(fields_, arrays) and not fits(fields_, {"tokens": np.arange(17)})
+    pack(buffer, fields_, arrays)
+    spans = sorted((f.offset, f.offset + int(np.prod(f.shape)) * f.dtype.itemsize) for f in fields_.values())
+    assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)) and all(first % 16 == 0 for first, _ in spans)
+    views = {n: buffer[f.offset :][: int(np.prod(f.shape)) * f.dtype.itemsize].view(f.dtype).reshape(f.shape) for n, f in fields_.items()}
+    assert views["tokens"].tolist() == [*range(9), *[0] * 7] and (views["slots"] == 32).all()
+    assert views["page_table"].tolist() == [[1, 1, 1, 1, 77], [1, 1, 1, 1, 77], [77] * 5] and not views["segments"].any()
+    assert (views["anc"][:9, :2] == -1).all() and not views["anc"][:, 2:].any() and not views["anc"][9:].any()
+    assert (views["noise_row"] == -2).all() and (views["fills"] == -1).all() and (views["log_min_p"] == -np.inf).all()
+    assert {f.name for f in fields(StepBatch)} <= set(fields_) and {f.name for f in fields(graphs.Draw)} - {"filters", "noisy"} <= set(fields_)
+
+
+def test_padding_does_not_change_a_bit(path: Path) -> None:
+    """Chunk, tree and single row together, alone in their shapes and in the corner of three buckets."""
+    if kernels.backend() == "torch":
+        pytest.skip("bits are promised by the C++ ops only")
+    rng = np.random.default_rng(0)
+    r = runner(path, page_size=16, max_rows=128)
+    texts = [Text(r, rng.integers(0, 105, n).tolist()) for n in (40, 61, 3)]
+    for i, text in enumerate(texts):
+        text.pages = list(range(20 * i, 20 * i + 20))
+        text.run(17)
+        text.computed = len(text.tokens) - (10 if i == 0 else 1)
+    batch = r.batch()
+    texts[0].add(batch, 10)
+    texts[1].add(batch, 1, random_tree(rng, 20, 0.5, [], 105))
+    texts[2].add(batch, 1)
+    want = r.run(batch)
+    rows, pages = r.rows.clone(), r.pages.clone()
+
+    def program(batch: StepBatch, draw: Any, verify: Any, stops: Any) -> tuple[torch.Tensor, ...]:
+        return (r.model.forward(batch, r.rows, r.pages),)
+
+    for bucket in (Bucket(64, 4, 64), Bucket(128, 16, 64), Bucket(33, 3, 40)):
+        r.rows.fill_(float("nan"))
+        (got,) = Passes(r, [bucket], program).run(bucket, batch.arrays())
+        assert torch.equal(got[: len(want)], want) and torch.equal(r.pages, pages)
+        assert torch.equal(r.rows[:, :, : batch.rows], rows[:, :, : batch.rows]) and r.rows[:, :, batch.rows : -1].isnan().all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_texts_have_the_same_ids(path: Path, ops: None, temperature: float) -> None:
+    """Many at a time, with every parameter, with trees and without; pages end up the same."""
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, 105, n).tolist() for n in (1, 20, 70, 150)]
+    each = [SamplingParams(temperature, 24, seed=5), SamplingParams(temperature, 24, seed=6, **EVERY)]  # type: ignore[arg-type]
+    each.append(SamplingParams(temperature, 9, seed=7, logprobs=2))
+    plain, ours = engine(path, page_size=16, max_rows=96), captured(engine(path, page_size=16, max_rows=96))
+    both = SpeculativeEngine(ours, drafter(path, DraftConfig(tree_size=11, engine=EngineConfig(kv_tokens=8192, max_rows=256))))
+    for params in each:
+        want = [(c.token_ids, c.finish_reason, c.logprobs) for c in plain.generate(prompts, params)]
+        assert [(c.token_ids, c.finish_reason, c.logprobs) for c in ours.generate(prompts, params)] == want
+        drafted = both.generate(prompts, params)
+        assert [(c.token_ids, c.finish_reason, c.logprobs) for c in drafted] == want
+        assert sum(c.speculation.accepted for c in drafted) > 10
+    check_empty(ours)
+
+
+def test_what_has_no_room_in_a_bucket_runs_without(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(0.8, 12, seed=1, repetition_penalty=1.2)
+    want = [c.token_ids for c in engine(path).generate([[1, 2, 3], [4]], params)]
+    monkeypatch.setattr("specedge.engine.buckets.EDITS", 2)
+    assert [c.token_ids for c in captured(engine(path)).generate([[1, 2, 3], [4]], params)] == want
+
+
+def test_drafts_are_the_same_trees(path: Path, tmp_path: Path, ops: None) -> None:
+    config = DraftConfig(tree_size=21, width=4, engine=EngineConfig(kv_tokens=8192, max_rows=256))
+    target, draft = engine(path), random_model(tmp_path / "draft", 2)
+    params = [SamplingParams(0.9, 30, seed=2), SamplingParams(0.0, 30), SamplingParams(0.7, 30, seed=3, **EVERY)]  # type: ignore[arg-type]
+    found = []
+    for ours in (False, True):
+        d = drafter(draft, config)
+        if ours:
+            sampler = graphs.Sampler(105, 105, d.runner.device, 256)
+            d._score = CapturedScorer(d.runner, sampler, config.max_sessions, config.width, config.tau, config.branch)
+        both = SpeculativeEngine(target, d)
+        found.append([(c.token_ids, c.speculation) for p in params for c in both.generate([[1, 2, 3], [5] * 90], p)])
+    assert found[0] == found[1]
+
+
+def test_pages_are_sized_by_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An 8B model in bfloat16 (16 GB of weights) on GPUs of 141 and 24 GB, and on one that is too small."""
+    sizes, gb = EngineConfig(), 10**9
+    large = kv_tokens_that_fit(GPU_8B, sizes, 2, 124 * gb, 141 * gb)
+    assert large % 64 == 0 and 700_000 < large < 0.9 * 124e9 / 131072
+    assert 5_000 < kv_tokens_that_fit(GPU_8B, sizes, 2, 7 * gb, 24 * gb) < 40_000
+    assert kv_tokens_that_fit(GPU_8B, sizes, 2, 2 * gb, 18 * gb) == 0
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(runners.torch.cuda, "mem_get_info", lambda _: (2 * gb, 18 * gb))
+    monkeypatch.setattr(runners.torch.cuda, "empty_cache", lambda: None)
+    with pytest.raises(DeviceError, match=r"no room for K/V: 2.0 of 18.0 GB are free, passes of 512 rows take .* GB, and 90% may be used"):
+        sizes_for(GPU_8B, sizes, cuda, 2)
+    assert sizes_for(GPU_8B, EngineConfig(kv_tokens=640), cuda, 2).tokens == 640 and sizes_for(GPU_8B, sizes, torch.device("cpu"), 2).tokens == 16384
