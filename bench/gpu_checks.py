@@ -109,8 +109,8 @@ def call_ops(device: str, names: list[str]) -> None:
     c, dtype = SHAPES["tiny"], torch.float32 if device == "cpu" else torch.bfloat16
     with torch.device(device):
         cases = [case for rows in (1, 5) for case in others(c, dtype, rows)] + attentions(c, dtype)
-        cases.append(("gumbel", 0, 0, lambda: kernels.gumbel(1, 1, c.vocab, device)))
-        for name, _, _, call in cases:
+        cases.append(("gumbel", 0, 0, "float32", lambda: kernels.gumbel(1, 1, c.vocab, device)))
+        for name, *_, call in cases:
             if not names or name.startswith(tuple(names)):
                 call()
                 print(name, flush=True)
