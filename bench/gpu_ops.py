@@ -65,5 +65,5 @@ def ops(lab: Lab) -> None:
         wanted = {f"linear bfloat16 {what} x {rows}" for what in ("qkv", "out", "gate_up", "down", "head") for rows in (1, 16, 64, 512)}
         found = linears(c, "bfloat16", 3 * lab.l2)
         picked = itertools.islice((case for case in found if case[0] in wanted), 2 if lab.dry else None)
-        more = {n: lambda m=m, f=f, call=call: {"moved": m, "flops": f, "us": lab.us(call, 8)} for n, m, f, call in picked}  # type: ignore[misc]
+        more = {n: lambda m=m, f=f, call=call: {"moved": m, "flops": f, "us": lab.us(call, 8)} for n, m, f, _, call in picked}  # type: ignore[misc]
         lab.each("ops", more)
