@@ -136,7 +136,7 @@ def test_what_has_no_room_in_a_bucket_runs_without(path: Path, monkeypatch: pyte
 
 
 def test_drafts_are_the_same_trees(path: Path, tmp_path: Path, ops: None) -> None:
-    config = DraftConfig(tree_size=21, width=4, engine=EngineConfig(kv_tokens=8192, max_rows=256))
+    config = DraftConfig(tree_size=21, width=4, depth=5, engine=EngineConfig(kv_tokens=8192, max_rows=256))  # a depth: no times decide
     target, draft = engine(path), random_model(tmp_path / "draft", 2)
     params = [SamplingParams(0.9, 30, seed=2), SamplingParams(0.0, 30), SamplingParams(0.7, 30, seed=3, **EVERY)]  # type: ignore[arg-type]
     found = []
