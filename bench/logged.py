@@ -144,7 +144,7 @@ class IndependentDrafter(LoggedDrafter):
 
     def __init__(self, runner: Runner, config: DraftConfig, tokenizer: Tokenizer | None) -> None:
         super().__init__(runner, config, tokenizer)
-        self._sampler.noise = Silence(runner.model.config.vocab, runner.device)
+        self._score._sampler.noise = Silence(runner.model.config.vocab, runner.device)
 
 
 def single_guess(session: Session) -> Node | None:
