@@ -67,6 +67,7 @@ def main() -> None:
         ("temperature", float, 0.0),
     ):  # fmt: skip
         p.add_argument(f"--{name}", type=kind, default=value)
+    p.add_argument("--drafts", nargs="+", choices=("shipped", "noise", "slow"), default=["shipped", "noise", "slow"])
     args = p.parse_args()
     sizes = EngineConfig(kv_tokens=4096, max_rows=256)
     tokenizer = Tokenizer.from_dir(DEMO / "target")
@@ -89,7 +90,7 @@ def main() -> None:
                     rounds += done.speculation.rounds
                 return sum(map(len, ids)) / (time.perf_counter() - begun), ids, rounds
 
-        for name in drafts:
+        for name in args.drafts:
             ratios: dict[bool, list[float]] = {True: [], False: []}
             for _ in range(args.repeat):
                 plain, want, _ = run("plain", False)
