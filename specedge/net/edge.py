@@ -47,6 +47,7 @@ class Text:
     session: Session | None = None
     heard: float | None = None  # when the last verdict came
     streaming: bool = False  # it was one of this round, in which others follow
+    placed: bool = False  # it has been told of to a server: before, it waits here for one of the places that there are
 
     @property
     def id(self) -> bytes:
@@ -218,17 +219,25 @@ class Edge:
                     text.rounds.connect(self._link.address, time.monotonic())
             for message, size in self._link.receive():
                 self._handle(message, size)
-            for text in list(self._texts.values()):
+            for text in self._places():
                 if text.rounds.sent is None and (text.session is None or (self._drafter and self._drafter.ready(text.session))):
                     self._submit(text)
                 self._speak(text)  # only now: after a stall the verdict may have been waiting in the socket
             pause = self._drafter.pause() if self._drafter is not None else 60.0
             self._rest(pause or (0.0 if self._grow() else 60.0))
 
+    def _places(self) -> list[Text]:
+        """The texts that are spoken of: as many as the server takes of this account, the first that came."""
+        texts = list(self._texts.values())[: max(1, self._link.welcome.limits.max_sessions)]
+        for text in texts:
+            if not text.placed:
+                text.placed, text.rounds.heard = True, time.monotonic()
+        return texts
+
     def _rest(self, seconds: float) -> None:
         """Wait for something to happen, or for the next moment at which a text has something to say."""
         if self._link.up:
-            seconds = min([seconds, *(t.rounds.next - time.monotonic() for t in self._texts.values())])
+            seconds = min([seconds, *(t.rounds.next - time.monotonic() for t in self._places())])
         elif self._texts:
             seconds = min(seconds, 1.0)  # patience may end
         poller = zmq.Poller()

@@ -255,6 +255,21 @@ def test_a_full_server_is_waited_for(model: Path, want: list[int], monkeypatch: 
             assert [c.token_ids for c in edge.generate([PROMPT] * 5, SAMPLED)] == [want] * 5
 
 
+def test_an_edge_asks_for_no_more_places_than_there_are(model: Path, want: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait at the edge, for however long, and nobody is told BUSY."""
+    said: list[wire.Message] = []
+    send = Server._send
+    monkeypatch.setattr(Server, "_send", lambda self, peer, m: (said.append(m), send(self, peer, m))[1])
+    monkeypatch.setattr(rounds_module, "PATIENCE", 0.3)
+    with serving(model) as server:
+        server._sessions.quota = lambda _: Quota(sessions=2)
+        with Edge(server.address) as edge:
+            begun = time.monotonic()
+            assert [c.token_ids for c in edge.generate([PROMPT] * 12, SAMPLED)] == [want] * 12
+            assert time.monotonic() - begun > 0.3, "some have waited for longer than a text may be silent"
+    assert not [m for m in said if isinstance(m, wire.Busy)] and len([m for m in said if isinstance(m, wire.Opened)]) == 12
+
+
 def test_a_rate_is_kept(model: Path) -> None:
     """Texts that would be faster take the time that their account's rate allows, and are whole."""
     params = SamplingParams(max_tokens=60, seed=1)
