@@ -23,7 +23,6 @@ def draw(logs: dict[str, Any], title: str, seconds: float = 1.2) -> str:
     above = (count + 1) // 2  # edges over the server, the others below: so that lines of two edges do not cross lanes
     edge_y = {e: TOP + e * (LANE + 14) for e in range(above)}
     server_y = TOP + above * (LANE + 14) - 14 + GAP
-    queue_y = server_y - 4 - QUEUE * above
     below = server_y + LANE + GAP
     edge_y |= {e: below + (e - above) * (LANE + 14) for e in range(above, count)}
     bottom = max([server_y + LANE, *(y + LANE for y in edge_y.values())])
@@ -35,7 +34,7 @@ def draw(logs: dict[str, Any], title: str, seconds: float = 1.2) -> str:
 
     def box(a: float, b: float, y: float, height: float, fill: str, more: str = "") -> None:
         if b > begin and a < end:
-            out.append(f'<rect x="{x(a):.1f}" y="{y:.1f}" width="{max(0.6, x(b) - x(a)):.1f}" height="{height}" fill="{fill}" {more}/>')
+            out.append(f'<rect x="{x(a):.1f}" y="{y:.1f}" width="{max(0.6, x(b) - x(a)):.1f}" height="{height:.1f}" fill="{fill}" {more}/>')
 
     def text(at: float, y: float, words: str, more: str = "") -> None:
         out.append(f'<text x="{at:.1f}" y="{y:.1f}" {more}>{escape(words)}</text>')
@@ -57,7 +56,10 @@ def draw(logs: dict[str, Any], title: str, seconds: float = 1.2) -> str:
         for a, b, waited in log["grows"]:
             box(a, b, edge_y[e] + 4, LANE - 10, COLOURS[e % 8], 'stroke="#ffffff" stroke-width="0.7"' + ("" if waited else ' opacity="0.35"'))
     for r in found:
-        _round(r, r.edge < above, edge_y[r.edge], server_y, queue_y, x, (begin, end), box, text, out)
+        together = sorted(other.edge for other in found if other.begun == r.begun)  # trees of one step share its box
+        height = (LANE - 6) / len(together)
+        lane = server_y + 3 + together.index(r.edge) * height
+        _round(r, r.edge < above, edge_y[r.edge], server_y, (lane, height), x, (begin, end), box, text, out)
     for a, b, _rows, verdicts in logs["server"]["steps"]:
         if not verdicts:
             box(a, b, server_y + 3, LANE - 6, "#94a3b8")
@@ -71,9 +73,9 @@ def draw(logs: dict[str, Any], title: str, seconds: float = 1.2) -> str:
 
 
 def _round(
-    r: Round, over: bool, y: float, server_y: float, queue_y: float, x: Any, span: tuple[float, float], box: Any, text: Any, out: list[str]
+    r: Round, over: bool, y: float, server_y: float, share: tuple[float, float], x: Any, span: tuple[float, float], box: Any, text: Any, out: list[str]
 ) -> None:  # fmt: skip
-    """One tree: up the wire, through queue and verification, and back."""
+    """One tree: up the wire, through queue and its `share` (y, height) of the verification, and back."""
     colour = COLOURS[r.edge % 8]
     near, far = (y + LANE, server_y) if over else (y, server_y + LANE)
     waits = far - 4 - QUEUE if over else far + 4
@@ -85,9 +87,11 @@ def _round(
     line(r.sent, r.arrived, near, waits + (0 if over else QUEUE), "")
     line(r.ended, r.came, far, near, 'stroke-dasharray="3 3"')
     box(r.arrived, r.begun, waits, QUEUE, colour, 'opacity="0.45" rx="2"')
-    box(r.begun, r.ended, server_y + 3, LANE - 6, colour, 'stroke="#ffffff"')
+    box(r.begun, r.ended, share[0], share[1], colour, 'stroke="#ffffff"')
     if span[0] < r.begun and r.ended < span[1] and x(r.ended) - x(r.begun) > 20:
-        text((x(r.begun) + x(r.ended)) / 2, server_y + LANE / 2 + 5, f"+{r.tokens}", 'text-anchor="middle" fill="#ffffff" font-weight="600"')
+        size = min(13, share[1] - 1)
+        more = f'text-anchor="middle" fill="#ffffff" font-weight="600" font-size="{size:.0f}"'
+        text((x(r.begun) + x(r.ended)) / 2, share[0] + share[1] / 2 + 0.37 * size, f"+{r.tokens}", more)
     if span[0] <= r.taken <= span[1]:
         at, middle = x(r.taken), y + LANE / 2 - 1
         fill = colour if r.hit else "#ffffff"
