@@ -73,7 +73,8 @@ def draw(logs: dict[str, Any], title: str, seconds: float = 1.2) -> str:
 
 
 def _round(
-    r: Round, over: bool, y: float, server_y: float, share: tuple[float, float], x: Any, span: tuple[float, float], box: Any, text: Any, out: list[str]
+    r: Round, over: bool, y: float, server_y: float, share: tuple[float, float], x: Any, span: tuple[float, float], box: Any, text: Any,
+    out: list[str],
 ) -> None:  # fmt: skip
     """One tree: up the wire, through queue and its `share` (y, height) of the verification, and back."""
     colour = COLOURS[r.edge % 8]

@@ -33,7 +33,7 @@ from specedge.engine.texts import UseError
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree, make_tree
 
-START = 4  # forwards of a tree as long as no round has been timed
+START, BRIEF = 4, 0.03  # forwards of a tree, and seconds for them, as long as no round has been timed
 TRIED, TRIES = (4, 1, 2), 48  # these parts of the rows that a tree may have, in turn, until it is known what they cost: so many rounds at most
 SHORT = 0.004  # seconds for which a verdict may be kept waiting by a forward
 UNLIKELY = math.log(1e-3)  # a child below this is not kept: it would be the 1000th guess, and costs as much to sort as the first
@@ -180,8 +180,10 @@ class Drafter:
         if any(s.root.slot < 0 for s in live):
             return False
         growing = [s for s in live if self._growable(s)]
-        if not growing or self.config.depth is not None or not self.pace.known:
-            return all(s.forwards >= (self.config.depth or START) for s in growing)
+        if not growing or self.config.depth is not None:
+            return all(s.forwards >= (self.config.depth or 0) for s in growing)
+        if not self.pace.known:
+            return all(s.forwards >= START or s.forwards * self._took >= BRIEF for s in growing)
         forward = self.pace.draft.predict(min(self.config.width, sum(len(s.heap) for s in growing)), sum(len(s.tokens) for s in growing))
         return sum(map(self._gain, growing)) <= forward * sum(map(self._per_second, live))
 
