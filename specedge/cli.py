@@ -85,6 +85,7 @@ def server() -> NoReturn:
     s.add_argument("--listen", default="tcp://127.0.0.1:0", metavar="ENDPOINT", help="address; port 0 takes a free one (default: %(default)s)")
     s.add_argument("--max-rows", type=int, default=512, metavar="N", help="rows of one forward pass (default: %(default)s)")
     s.add_argument("--kv-tokens", type=int, metavar="N", help="tokens whose keys and values are kept (default: 16384; on a GPU what fits)")
+    s.add_argument("--gpu-share", type=float, default=0.9, metavar="X", help="of a GPU's memory, for what fits (default: %(default)s)")
     s.add_argument("--admission", action=SWITCH, default=True, help="verify the nodes that are worth their time; --no-admission: all of them")
     s.add_argument("--pipeline", action=SWITCH, default=True, help="time steps by when drafts come; --no-pipeline: verify what is there at once")
     s.add_argument("--keys", type=Path, metavar="DIR", help="encrypt, and serve only keys that are authorised in this directory (see keygen)")
@@ -123,7 +124,7 @@ def _serve(args: argparse.Namespace) -> int:
     if args.demo == bool(args.model):
         raise SpecedgeError("name one model: a directory, or --demo")
     path = DEMO / "target" if args.demo else locate(args.model, args.revision)
-    sizes = EngineConfig(kv_tokens=args.kv_tokens, max_rows=args.max_rows, admission=args.admission)
+    sizes = EngineConfig(kv_tokens=args.kv_tokens, max_rows=args.max_rows, admission=args.admission, gpu_share=args.gpu_share)
     engine = Engine.from_pretrained(path, device=args.device, dtype=args.dtype, sizes=sizes, progress=sys.stderr.isatty())
     model = fingerprint(path, engine.runner.dtype, engine.runner.model.weights.bits)
     serving = Server(engine, args.listen, model=model, keys=args.keys, insecure=args.insecure, pipeline=args.pipeline)
