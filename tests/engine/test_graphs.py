@@ -5,6 +5,7 @@ With CUDA_OPS the kernels of csrc/cuda take part too, on the CPU as in tests/ker
 
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from specedge.engine.graphs import CapturedScorer, CapturedVerifier, Passes
 from specedge.engine.runner import DeviceError, sizes_for
 from specedge.engine.speculative import SpeculativeEngine
 from specedge.kernels.cuda_ops import CudaOps
+from tests.engine.cuda_stand_in import StandIn
 from tests.engine.test_model import Text
 from tests.helpers import check_empty, drafter, engine, random_model, random_tree, runner
 from tests.kernels.test_cuda import emulate
@@ -148,6 +150,56 @@ def test_drafts_are_the_same_trees(path: Path, tmp_path: Path, ops: None) -> Non
         both = SpeculativeEngine(target, d)
         found.append([(c.token_ids, c.speculation) for p in params for c in both.generate([[1, 2, 3], [5] * 90], p)])
     assert found[0] == found[1]
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, e: Any, stand_in: StandIn) -> Any:
+    """`e` with captured steps, on a stand-in for a GPU."""
+    once = Passes._once
+
+    def noted(self: Passes, bucket: Bucket) -> Any:
+        outputs = once(self, bucket)
+        stand_in.last = (lambda: once(self, bucket)), outputs
+        return outputs
+
+    monkeypatch.setattr(Passes, "_once", noted)
+    monkeypatch.setattr(graphs, "torch", stand_in)
+    monkeypatch.setattr(e.runner, "device", SimpleNamespace(type="cuda"))
+    sampler = graphs.Sampler(e.vocab, e.vocab, torch.device("cpu"), e.runner.sizes.max_rows)
+    e._verify = CapturedVerifier(e.runner, sampler)
+    e._verify._uncaptured = None  # nothing here needs it
+    return e
+
+
+def test_steps_are_replays_of_captured_graphs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of a GPU: largest first, two buffers in turn, one wait for a step with verdicts and none for a prompt chunk."""
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 105, n).tolist() for n in (300, 5)]
+    params = SamplingParams(0.9, 8, seed=5, repetition_penalty=1.2)
+    want = [c.token_ids for c in engine(path, max_rows=128, max_sequences=8).generate(prompts, params)]
+    stand_in = StandIn()
+    e = on_a_gpu(monkeypatch, engine(path, max_rows=128, max_sequences=8), stand_in)
+    graphs_of = e._verify._passes._graphs
+    assert list(graphs_of) == sorted(graphs_of, reverse=True) and len(stand_in.captured) == len(graphs_of) > 3
+    copies = stand_in.events[:2]
+    before, steps = sum(c.recorded for c in copies), 0
+    for prompt in prompts:
+        e.run_until(e.open(prompt, params), len(prompt) + 8)
+    found: dict[int, list[int]] = {}
+    while e.busy:
+        waits, verdicts, steps = len(stand_in.events), e.step(), steps + 1
+        assert len(stand_in.events) - waits == bool(verdicts) and all(event.waited for event in stand_in.events[waits:])
+        for v in verdicts:
+            found.setdefault(v.sequence.order, []).extend([*v.path, *v.tokens])
+    assert list(found.values()) in (want, want[::-1]) and sorted(map(tuple, found.values())) == sorted(map(tuple, want))
+    assert sum(c.recorded for c in copies) - before == steps == sum(g.replays for g in stand_in.captured)
+    assert abs(copies[0].recorded - copies[1].recorded) <= 1 and min(c.waited for c in copies) > 0
+    check_empty(e)
+
+
+def test_what_is_too_large_to_capture_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "there_is", lambda _: "0.2 of 24.0 GB are free")
+    with pytest.raises(DeviceError, match="passes of 128 rows do not fit .* 4096 tokens of K/V .0.2 of 24.0 GB are free.: ask for fewer kv_tokens"):
+        on_a_gpu(monkeypatch, engine(path, max_rows=128), StandIn(out_of_memory_after=2))
 
 
 def test_pages_are_sized_by_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

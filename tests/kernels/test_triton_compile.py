@@ -17,6 +17,8 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 ROOT = Path(__file__).parents[2]
 SHARED = {80: 163, 89: 99, 90: 227}  # KB that a program may have
 # op, then its arguments in compiled.py: dtype, D, G, rows, segments, page size, window
+# BUCKET: the largest of engine/buckets.py
+BUCKET = "attention,bf16,128,4,512,256,64,0"
 DECODE, TREE = "attention,bf16,128,4,8,8,64,0", "attention,bf16,128,4,33,1,64,0"
 MORE = [
     f"attention,{kind},{dim},{group},{rows},1,{page},{window}"
@@ -69,6 +71,6 @@ def test_without_wgmma(arch: int, tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("arch", [80, 89, 90])
 def test_all(arch: int, tmp_path: Path) -> None:
-    for k in compiled(arch, [DECODE, *MORE, *POINTWISE], tmp_path):
+    for k in compiled(arch, [DECODE, BUCKET, *MORE, *POINTWISE], tmp_path):
         if k["name"] == "prefix_kernel" and "f32" not in k["case"]:
             assert all(m.startswith("wgmma" if arch == 90 else "mma") for m in k["mma"]) and k["mma"], k
