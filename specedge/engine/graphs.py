@@ -8,7 +8,8 @@ On other devices the same programs run in the same padded shapes without a graph
 Invariant: the answers are those of verify.py; nothing between logits and commit passes through the host.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 
 import numpy as np
@@ -27,18 +28,34 @@ FINISH = ("", "stop", "length")
 Program = Callable[[StepBatch, Draw, Tensor, Tensor], tuple[Tensor, ...]]
 
 
+@contextmanager
+def memory_said(runner: Runner) -> Iterator[None]:
+    """Turns memory that runs out into a sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise DeviceError(
+            f"passes of {runner.sizes.max_rows} rows do not fit {runner.device} beside the weights and {runner.sizes.tokens} tokens of K/V "
+            f"({there_is(runner.device)}): ask for fewer kv_tokens or max_rows"
+        ) from None
+
+
 def make_verifier(runner: Runner, ids: int) -> "Verifier | CapturedVerifier":
     """The verifier for a runner's device, over a vocabulary whose ids at or above `ids` never win."""
-    captured, c = kernels.backend(runner.device) == kernels.CAPTURABLE, runner.model.config
-    sampler = Sampler(c.vocab, ids, runner.device, runner.sizes.max_rows if captured else 64)
-    return CapturedVerifier(runner, sampler) if captured else Verifier(runner, sampler)
+    vocab, rows = runner.model.config.vocab, runner.sizes.max_rows
+    if kernels.backend(runner.device) != kernels.CAPTURABLE:
+        return Verifier(runner, Sampler(vocab, ids, runner.device))
+    with memory_said(runner):
+        return CapturedVerifier(runner, Sampler(vocab, ids, runner.device, rows))
 
 
 def make_scorer(runner: Runner, ids: int, sequences: int, width: int, tau: float, best: int) -> "Scorer | CapturedScorer":
     """The scorer for a runner's device, for drafts of up to `sequences` sessions and of about `width` rows a forward."""
-    captured, c = kernels.backend(runner.device) == kernels.CAPTURABLE, runner.model.config
-    sampler = Sampler(c.vocab, ids, runner.device, runner.sizes.max_rows if captured else 64)
-    return CapturedScorer(runner, sampler, sequences, width, tau, best) if captured else Scorer(runner, sampler, tau, best)
+    vocab, rows = runner.model.config.vocab, runner.sizes.max_rows
+    if kernels.backend(runner.device) != kernels.CAPTURABLE:
+        return Scorer(runner, Sampler(vocab, ids, runner.device), tau, best)
+    with memory_said(runner):
+        return CapturedScorer(runner, Sampler(vocab, ids, runner.device, rows), sequences, width, tau, best)
 
 
 class Staging:
@@ -81,13 +98,7 @@ class Passes:
         self._staging = Staging(runner.device, max(size(f) for f in self.layouts.values()))
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         if runner.device.type == "cuda":
-            try:
-                self._capture()
-            except torch.OutOfMemoryError:
-                raise DeviceError(
-                    f"passes of {among[0].rows} rows do not fit {runner.device} beside the weights and {runner.sizes.tokens} tokens of K/V "
-                    f"({there_is(runner.device)}): ask for fewer kv_tokens or max_rows"
-                ) from None
+            self._capture()
 
     @torch.inference_mode()
     def _capture(self) -> None:

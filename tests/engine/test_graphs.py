@@ -198,8 +198,10 @@ def test_steps_are_replays_of_captured_graphs(path: Path, monkeypatch: pytest.Mo
 
 def test_what_is_too_large_to_capture_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "there_is", lambda _: "0.2 of 24.0 GB are free")
-    with pytest.raises(DeviceError, match="passes of 128 rows do not fit .* 4096 tokens of K/V .0.2 of 24.0 GB are free.: ask for fewer kv_tokens"):
-        on_a_gpu(monkeypatch, engine(path, max_rows=128), StandIn(out_of_memory_after=2))
+    e = engine(path, max_rows=128)
+    want = "passes of 128 rows do not fit .* 4096 tokens of K/V .0.2 of 24.0 GB are free.: ask for fewer kv_tokens"
+    with pytest.raises(DeviceError, match=want), graphs.memory_said(e.runner):
+        on_a_gpu(monkeypatch, e, StandIn(out_of_memory_after=2))
 
 
 def test_pages_are_sized_by_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
