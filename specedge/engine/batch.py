@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specedge.engine.buckets import Bucket
+
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
@@ -44,9 +46,9 @@ class BatchBuilder:
         return len(self._tokens)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Rows, segments, and rows whose logits are wanted."""
-        return len(self._tokens), len(self._segments), len(self._wanted)
+    def shape(self) -> Bucket:
+        """The bucket that it would fill."""
+        return Bucket(len(self._tokens), len(self._segments), len(self._wanted), max(1, *map(len, self._tables)))
 
     def add(
         self, tokens: list[int], positions: list[int], slots: list[int], keys: tuple[int, int], prefix: int, pages: list[int],

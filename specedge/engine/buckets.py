@@ -16,15 +16,17 @@ from specedge.config import MAX_ROWS_PER_TREE, EngineConfig, ModelConfig
 WORDS = MAX_ROWS_PER_TREE // 64
 EDITS, PATHS, STOPS = 2048, 8192, 4096  # room for what few requests ask for; a step that needs more runs uncaptured
 ALIGN = 16  # bytes
+SHORT = 2048  # tokens of the smallest table
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
-    """Room for `rows` rows in `segments` segments, `wanted` of them with logits."""
+    """Room for `rows` rows in `segments` segments with tables of `pages` pages, `wanted` of them with logits."""
 
     rows: int
     segments: int
     wanted: int
+    pages: int
 
 
 class Field(NamedTuple):
@@ -36,14 +38,17 @@ class Field(NamedTuple):
     pad: float
 
 
-def buckets(max_rows: int, max_segments: int, least: int) -> list[Bucket]:
-    """Largest first: rows `least`, doubled up to `max_rows`; 1, 4, 16 .. segments; logits of all rows or of `least`, as for prompt chunks.
+def buckets(max_rows: int, max_segments: int, least: int, table: int, page_size: int) -> list[Bucket]:
+    """Largest first: rows `least`, doubled up to `max_rows`; 1, 4, 16 .. segments; logits of all rows or of `least`, as for prompt chunks; tables
+    of 2 K tokens, 32 K .. up to `table` pages.
 
     A target begins with 64 rows: below a GPU's balance (about 190 rows) time hardly depends on rows, and all steps of up to 64 run the same
-    products.
+    products. Attention is launched for as many splits as a table has room for: 8 for 2 K tokens, 32 from 8 K on. A program that finds nothing to do
+    takes about a microsecond of half a multiprocessor, and 16 sequences would have 4,900 of them for each layer.
     """
     rows, segments = _steps(min(least, max_rows), max_rows, 2), _steps(1, max_segments, 4)
-    found = {Bucket(r, min(s, r), w) for r in rows for s in segments for w in (r, min(least, r))}
+    tables = _steps(min(table, SHORT // page_size), table, 16)
+    found = {Bucket(r, min(s, r), w, t) for r in rows for s in segments for w in (r, min(least, r)) for t in tables}
     return sorted(found, reverse=True)
 
 
@@ -54,18 +59,18 @@ def _steps(first: int, last: int, factor: int) -> list[int]:
     return found
 
 
-def least_bucket(among: list[Bucket], rows: int, segments: int, wanted: int) -> Bucket | None:
-    """The smallest bucket that holds a batch; None: none does."""
-    return min((b for b in among if b.rows >= rows and b.segments >= segments and b.wanted >= wanted), default=None)
+def least_bucket(among: list[Bucket], shape: Bucket) -> Bucket | None:
+    """The smallest bucket that holds a batch of this shape; None: none does."""
+    large = (b for b in among if b.rows >= shape.rows and b.segments >= shape.segments and b.wanted >= shape.wanted and b.pages >= shape.pages)
+    return min(large, default=None)
 
 
-def layout(b: Bucket, slots: int, table: int, page: int) -> dict[str, Field]:
-    """Where the arrays of a StepBatch, a Draw and a verification lie; `slots` rows of row buffer, the last of them the dummy's; tables of `table`
-    pages, padded with the dummy's `page`."""
+def layout(b: Bucket, slots: int, page: int) -> dict[str, Field]:
+    """Where the arrays of a StepBatch, a Draw and a verification lie; `slots` rows of row buffer, the last of them the dummy's, as is `page`."""
     i32, i64, f32, f64 = np.int32, np.int64, np.float32, np.float64
     kinds: dict[str, tuple[type[np.generic], tuple[int, ...], float]] = {
         "tokens": (i64, (b.rows,), 0), "positions": (i32, (b.rows,), 0), "slots": (i32, (b.rows,), slots - 1),
-        "segments": (i32, (b.segments, 6), 0), "page_table": (i32, (b.segments, table), page), "k_pos": (i32, (slots,), 0),
+        "segments": (i32, (b.segments, 6), 0), "page_table": (i32, (b.segments, b.pages), page), "k_pos": (i32, (slots,), 0),
         "anc": (i64, (b.rows, WORDS), 0), "wanted": (i64, (b.wanted,), 0),
         "rows": (i32, (b.wanted, 4), 0), "penalties": (f32, (b.wanted, 3), 1), "edits": (i32, (EDITS, 3), 0), "bias": (f32, (EDITS,), 0),
         "paths": (i32, (PATHS,), 0), "inv_temperature": (f32, (b.wanted,), 1), "log_min_p": (f32, (b.wanted,), -np.inf),

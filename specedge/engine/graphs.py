@@ -58,6 +58,13 @@ def make_scorer(runner: Runner, ids: int, sequences: int, width: int, tau: float
         return CapturedScorer(runner, Sampler(vocab, ids, runner.device, rows), sequences, width, tau, best)
 
 
+def buckets_of(runner: Runner, sequences: int, least: int) -> list[Bucket]:
+    """The buckets of a runner's passes over up to `sequences` sequences."""
+    sizes = runner.sizes
+    table = -(-runner.context // sizes.page_size)
+    return buckets(sizes.max_rows, min(sizes.max_rows, sequences), least, table, sizes.page_size)
+
+
 class Staging:
     """The way of a step's arrays to the device: two host buffers in turn, one device buffer of fixed address."""
 
@@ -93,8 +100,7 @@ class Passes:
 
     def __init__(self, runner: Runner, among: list[Bucket], program: Program) -> None:
         self._runner, self.buckets, self._program = runner, among, program
-        slots, table = len(runner.k_pos), -(-runner.context // runner.sizes.page_size)
-        self.layouts = {b: layout(b, slots, table, runner.sizes.pages) for b in among}
+        self.layouts = {b: layout(b, len(runner.k_pos), runner.sizes.pages) for b in among}
         self._staging = Staging(runner.device, max(size(f) for f in self.layouts.values()))
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         if runner.device.type == "cuda":
@@ -147,8 +153,7 @@ class CapturedVerifier:
 
     def __init__(self, runner: Runner, sampler: Sampler) -> None:
         self._runner, self._sampler, self._uncaptured = runner, sampler, Verifier(runner, sampler)
-        rows = runner.sizes.max_rows
-        self._passes = Passes(runner, buckets(rows, min(rows, runner.sizes.max_sequences), LEAST), self._program)
+        self._passes = Passes(runner, buckets_of(runner, runner.sizes.max_sequences, LEAST), self._program)
 
     def _program(self, batch: StepBatch, draw: Draw, verify: Tensor, stops: Tensor) -> tuple[Tensor, ...]:
         r = self._runner
@@ -157,7 +162,7 @@ class CapturedVerifier:
 
     def __call__(self, batch: BatchBuilder, jobs: list[Job]) -> list[Found | None]:
         """One answer for each job, None for those that want no token."""
-        bucket = least_bucket(self._passes.buckets, *batch.shape)
+        bucket = least_bucket(self._passes.buckets, batch.shape)
         if bucket is None or any(job.sequence.params.logprobs is not None for job in jobs):
             return self._uncaptured(batch, jobs)
         arrays = batch.arrays() | self._sampler.arrays([job.ask for job in jobs if job.grant.token]) | _verification(jobs)
@@ -188,7 +193,7 @@ class CapturedScorer:
     def __init__(self, runner: Runner, sampler: Sampler, sequences: int, width: int, tau: float, best: int) -> None:
         self._runner, self._sampler, self._tau, self._best = runner, sampler, tau, best
         self._uncaptured = Scorer(runner, sampler, tau, best)
-        self._passes = Passes(runner, buckets(runner.sizes.max_rows, sequences, width), self._program)
+        self._passes = Passes(runner, buckets_of(runner, sequences, width), self._program)
 
     def _program(self, batch: StepBatch, draw: Draw, verify: Tensor, stops: Tensor) -> tuple[Tensor, ...]:
         r = self._runner
@@ -196,7 +201,7 @@ class CapturedScorer:
 
     def __call__(self, batch: BatchBuilder, asks: list[Ask]) -> tuple[list[list[float]], list[list[int]]]:
         """Values and ids of the best children of every row that is asked for."""
-        bucket = least_bucket(self._passes.buckets, *batch.shape)
+        bucket = least_bucket(self._passes.buckets, batch.shape)
         if bucket is None:
             return self._uncaptured(batch, asks)
         arrays = batch.arrays() | self._sampler.arrays(asks, looser=True)

@@ -59,17 +59,19 @@ def captured(e: Any) -> Any:
 
 @given(st.integers(2, 3000), st.integers(1, 300), st.data())
 def test_a_batch_finds_the_least_bucket(max_rows: int, max_segments: int, data: st.DataObject) -> None:
-    among = buckets(max_rows, min(max_rows, max_segments), 64)
+    among = buckets(max_rows, min(max_rows, max_segments), 64, 700, 64)
     rows = data.draw(st.integers(1, max_rows))
     segments, wanted = data.draw(st.integers(1, min(rows, max_segments, max_rows))), data.draw(st.integers(0, rows))
-    bucket = least_bucket(among, rows, segments, wanted)
-    assert bucket is not None and bucket.rows >= rows and bucket.segments >= segments and bucket.wanted >= wanted
-    assert bucket.rows <= max(64, 2 * rows) and among[0] == max(among) and len(among) <= 120
-    assert least_bucket(among, max_rows + 1, 1, 1) is None
+    pages = data.draw(st.integers(1, 700))
+    bucket = least_bucket(among, Bucket(rows, segments, wanted, pages))
+    assert bucket is not None and bucket.pages in (32, 512, 700) and bucket.pages >= pages
+    assert bucket.rows >= rows and bucket.segments >= segments and bucket.wanted >= wanted
+    assert bucket.rows <= max(64, 2 * rows) and among[0] == max(among) and len(among) <= 360
+    assert least_bucket(among, Bucket(max_rows + 1, 1, 1, 1)) is None is least_bucket(among, Bucket(1, 1, 1, 701))
 
 
 def test_fields_lie_apart_and_are_padded() -> None:
-    fields_ = layout(Bucket(16, 3, 8), 33, 5, 77)
+    fields_ = layout(Bucket(16, 3, 8, 5), 33, 77)
     buffer = np.full(size(fields_), 255, np.uint8)
     arrays = {"tokens": np.arange(9), "page_table": np.ones((2, 4), np.int32), "anc": np.full((9, 2), -1)}
     assert fits(fields_, arrays) and not fits(fields_, {"tokens": np.arange(17)})
@@ -105,7 +107,7 @@ def test_padding_does_not_change_a_bit(path: Path) -> None:
     def program(batch: StepBatch, draw: Any, verify: Any, stops: Any) -> tuple[torch.Tensor, ...]:
         return (r.model.forward(batch, r.rows, r.pages),)
 
-    for bucket in (Bucket(64, 4, 64), Bucket(128, 16, 64), Bucket(33, 3, 40)):
+    for bucket in (Bucket(64, 4, 64, 32), Bucket(128, 16, 64, 20), Bucket(33, 3, 40, 99)):
         r.rows.fill_(float("nan"))
         (got,) = Passes(r, [bucket], program).run(bucket, batch.arrays())
         assert torch.equal(got[: len(want)], want) and torch.equal(r.pages, pages)

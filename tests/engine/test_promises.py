@@ -104,7 +104,7 @@ def test_the_same_request_has_the_same_bits(device: str, dtype: str, text: list[
     def program(batch: StepBatch, draw: Draw, verify: torch.Tensor, stops: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (r.model.forward(batch, r.rows, r.pages),)
 
-    bucket = Bucket(64, 4, 64)
+    bucket = Bucket(64, 4, 64, 16)
     passes, rng = Passes(r, [bucket], program), np.random.default_rng(1)
     mine, other = Text(r, text[:100]), Text(r, text[50:90])
     mine.pages, other.pages = list(range(4)), list(range(8, 12))
