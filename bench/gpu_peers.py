@@ -4,6 +4,9 @@ A form is made outside of the timed region (plans, masks, dense copies of the pa
 by itself when it is first used: `python -m bench.gpu_peers LOG` does that for each of its backends and checks its forms, before anything is timed.
 """
 
+import importlib.util
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -22,6 +25,16 @@ BACKENDS = ("fa2", "fa3")  # of FlashInfer's prefill
 WORKSPACE = 512 * 2**20
 MASK_BYTES = 2**31  # above it no dense mask is made
 Make = Callable[[], Form]
+
+
+def lend_curand() -> None:
+    """Have FlashInfer find curand_kernel.h, which fa3 includes, among torch's wheels if the toolkit of nvcc lacks it."""
+    nvcc, nvidia = shutil.which("nvcc"), importlib.util.find_spec("nvidia")
+    toolkit = Path(nvcc).resolve().parents[1] if nvcc else Path("/usr/local/cuda")
+    if nvidia and not any(toolkit.glob("**/include/curand_kernel.h")):
+        found = [h for folder in nvidia.submodule_search_locations or () for h in Path(folder).glob("*/include/curand_kernel.h")]
+        if found:
+            os.environ.setdefault("FLASHINFER_EXTRA_CUDAFLAGS", f"-I{found[0].parent}")
 
 
 class FlashInfer:
@@ -73,6 +86,8 @@ class FlashInfer:
     def two_parts(self, backend: str) -> Form:
         """The prefix without a mask, the rows under theirs, merged by log-sum-exp."""
         s, x = self.x.shape, self.x
+        if backend == "fa3":
+            lend_curand()
         prefix = self._prefill(s.length, backend, causal=False)
         rows = self.api.BatchPrefillWithRaggedKVCacheWrapper(self.workspace, "NHD", backend="fa2")
         mask = {"custom_mask": x.seen.flatten()} if s.kind == "tree" else {"causal": True}
