@@ -16,18 +16,8 @@ from specedge.net.doorman import OF_AN_ADDRESS, Doorman
 from specedge.net.edge import Edge
 from specedge.net.server import Server
 from specedge.net.wire import Close, Draft, Hello, Lease, Resume, Verdict, encode
-from tests.helpers import engine, random_model
+from tests.helpers import engine
 from tests.net.test_server import PROMPT, Raw, X, honest_edge, serving, until
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_model(tmp_path_factory.mktemp("target"), seed=3)
-
-
-@pytest.fixture(scope="module")
-def oracle(model: Path) -> Engine:
-    return engine(model)
 
 
 @pytest.fixture

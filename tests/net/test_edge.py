@@ -599,21 +599,10 @@ def test_a_draft_and_a_tokenizer_that_do_not_agree(draft: Drafter, monkeypatch: 
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_model(tmp_path_factory.mktemp("target"), seed=3)
-
-
-@pytest.fixture(scope="module")
 def draft(tmp_path_factory: pytest.TempPathFactory) -> Drafter:
     """A draft for the scripted server; it guesses nothing right."""
     path = random_model(tmp_path_factory.mktemp("draft"), seed=5, vocab_size=VOCAB)
     return drafter(path, DraftConfig(tree_size=6, width=4, max_sessions=3, engine=EngineConfig(kv_tokens=4096, max_rows=64)))
-
-
-@pytest.fixture(scope="module")
-def oracle(model: Path) -> Engine:
-    """An engine that no server has."""
-    return engine(model)
 
 
 @pytest.fixture

@@ -21,18 +21,13 @@ from specedge.net import wire
 from specedge.net.sessions import Peer, Sessions
 from specedge.net.wire import Cancel, Close, Draft, Error, Hello, Lease, Open, Prompt, Resume, Verdict, encode
 from specedge.tree import TokenTree
-from tests.helpers import check_empty, engine, random_model, random_tree
+from tests.helpers import check_empty, engine, random_tree
 from tests.net.test_server import CONTEXT, GREEDY, PROMPT, Raw, honest_edge, serving
 from tests.net.test_wire import mutated, noise, structured
 
 LONG = pytest.param(int(os.environ.get("FUZZ_FRAMES", "2000000")), marks=[pytest.mark.full, pytest.mark.timeout(1800)])
 SESSIONS = [bytes([i]) * 16 for i in range(6)]
 VOCAB = 105
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_model(tmp_path_factory.mktemp("target"), seed=3)
 
 
 def valid(rng: random.Random) -> bytes:

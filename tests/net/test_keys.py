@@ -25,7 +25,7 @@ from specedge.net.edge import Edge
 from specedge.net.quota import Quota
 from specedge.net.server import Server
 from specedge.net.wire import Draft, Error, Hello, Verdict, Welcome
-from tests.helpers import check_empty, drafter, engine, random_model
+from tests.helpers import check_empty, drafter, engine
 from tests.net.test_auth import FUTURE
 from tests.net.test_server import CONTEXT, GREEDY, PATIENCE, PROMPT, VOCAB, Raw, X, background, threads, until
 
@@ -38,16 +38,6 @@ class Keyed(Raw):
     def __init__(self, server: Server, key: Path, hello: bool = True) -> None:
         own, serverkey = load(key), bytes.fromhex(server.address.partition("key=")[2])
         super().__init__(server, hello, CURVE_SERVERKEY=serverkey, CURVE_PUBLICKEY=bytes.fromhex(own.public), CURVE_SECRETKEY=own.secret)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_model(tmp_path_factory.mktemp("target"), seed=3)
-
-
-@pytest.fixture(scope="module")
-def oracle(model: Path) -> Engine:
-    return engine(model)
 
 
 @pytest.fixture

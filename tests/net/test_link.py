@@ -26,18 +26,13 @@ from specedge.net.quota import Quota
 from specedge.net.server import Server
 from specedge.net.wire import GoAway, Open, Resume
 from specedge.text import Tokenizer
-from tests.helpers import byte_tokenizer, check_empty, drafter, engine, random_model
+from tests.helpers import byte_tokenizer, check_empty, drafter, engine
 from tests.net.test_edge import WELCOME, Fake, honest, silent, truth
 from tests.net.test_server import PATIENCE, background, until
 
 PROMPT = [7, 3, 9, 50, 100, 2]
 SAMPLED = SamplingParams(0.8, 400, seed=5)  # long enough for a fault to find it on its way
 MODEL = b"m" * 32
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_model(tmp_path_factory.mktemp("target"), seed=3)
 
 
 @pytest.fixture(scope="module")

@@ -73,17 +73,6 @@ def background(call: Callable[..., T], *arguments: object) -> "Future[T]":
     return future
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_model(tmp_path_factory.mktemp("target"), seed=3)
-
-
-@pytest.fixture(scope="module")
-def oracle(model: Path) -> Engine:
-    """An engine that no server has."""
-    return engine(model)
-
-
 def threads() -> set[threading.Thread]:
     """Those of servers that are alive."""
     return {t for t in threading.enumerate() if t.name in ("specedge-engine", "specedge-network")}
