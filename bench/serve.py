@@ -35,7 +35,7 @@ BUSY = 0.70  # of the edges' core: above it they are no machines of their own an
 FOREIGN = 0.10  # of the server's core, taken by others: above it the server is slower than it was
 PREFIX = 96  # tokens of a prompt
 FIXED = 6  # draft forwards of the cells whose trees have a given number of nodes
-WARM = 32  # tokens of the texts with which a cell begins and that do not count: engine and drafters have to learn how long things take
+WARM = 64  # tokens of the texts with which a cell begins and that do not count: engine and drafters believe what they see after 24 passes
 SMALL = ModelConfig(1024, 28, 16, 8, 64, 3072, 151936, 1e-6, 1e4, 8192, True)  # 0.6 B
 PAIRS: dict[str, tuple[ModelConfig | None, ModelConfig | None]] = {  # target and draft; the ratio of their forwards is the paper's, 0.12 to 0.18
     "narrow": (None, None),  # as shipped, for a test of this program
