@@ -8,19 +8,17 @@
 // Invariant: a row of x meets its own row of sums alone, so that its bits depend on no other row and on no number of rows.
 #pragma once
 
-#include <vector>
-
 #include "linear.h"
 
 #ifdef __AMX_TILE__
 
 namespace specedge {
 
-constexpr int64_t TILE = 16, PAIR = 2 * TILE;         // rows of a tile and of a pass
-constexpr int64_t TILE_BYTES = 64, TILE_WORDS = 16;   // of k
-constexpr int64_t TWO_TILES = TILE * 2 * TILE_BYTES;  // bytes of a panel that are two tiles
-constexpr int64_t TILES_BLOCK = 64 << 10;             // of a panel; 16 and 32 KB were no better
-constexpr int64_t X_BYTES = 1 << 20;                  // half of L2
+constexpr int64_t TILE_ROWS = 16, PAIR = 2 * TILE_ROWS;    // rows of a tile and of a pass
+constexpr int64_t TILE_BYTES = 64, TILE_WORDS = 16;        // of k
+constexpr int64_t TWO_TILES = TILE_ROWS * 2 * TILE_BYTES;  // bytes of a panel that are two tiles
+constexpr int64_t TILES_BLOCK = 16 << 10;                  // of a panel, which stay in L1: 512 rows took 10 to 20 % longer by 64 KB
+constexpr int64_t X_BYTES = 1 << 20;                       // half of L2
 
 // The registers as these kernels take them, on this thread, for its lifetime. Tiles of x and of sums have `rows` rows.
 class Tiles {
@@ -31,7 +29,7 @@ class Tiles {
       uint16_t bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
-    for (int i = 0; i < 8; i++) config.bytes[i] = TILE_BYTES, config.rows[i] = uint8_t(i < 6 ? rows : TILE);
+    for (int i = 0; i < 8; i++) config.bytes[i] = TILE_BYTES, config.rows[i] = uint8_t(i < 6 ? rows : TILE_ROWS);
     asm volatile("ldtilecfg %0" ::"m"(config));
   }
   ~Tiles() { asm volatile("tilerelease"); }
@@ -61,16 +59,64 @@ inline void tile_dot_bytes() {
   asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS_), "i"(X), "i"(W));
 }
 
+// sums [16][32], `apart` floats from row to row, += (= if FRESH) a [16][32 steps] . w [16 steps words][32]; rows of a are `stride` bytes apart.
+// It takes Tiles(16).
+struct TilePairs {
+  // To words of w or elements of a: a subnormal number becomes zero here and not in the product.
+  static void narrow(Avx512 x, bf16* to) {
+    __m256i y;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"(x.v));
+    _mm256_storeu_si256((__m256i*)to, y);
+  }
+  template <bool FRESH>
+  static void add(const bf16* a, int64_t stride, const void* w, int64_t steps, float* sums, int64_t apart) {
+    constexpr int64_t LINE = COLUMNS * 4;
+    if (FRESH)
+      tile_zero<0>(), tile_zero<1>();
+    else
+      tile_load<0>(sums, apart * 4), tile_load<1>(sums + LANES, apart * 4);
+    for (const char* at = static_cast<const char*>(w); steps > 0; steps--, at += TWO_TILES, a += 2 * TILE_WORDS) {
+      tile_load<6>(at, LINE), tile_load<7>(at + TILE_BYTES, LINE);
+      tile_load<4>(a, stride);
+      tile_dot_pairs<0, 4, 6>(), tile_dot_pairs<1, 4, 7>();
+    }
+    tile_store<0>(sums, apart * 4), tile_store<1>(sums + LANES, apart * 4);
+  }
+};
+
+// The twin: what tdpbf16ps does, but for subnormal numbers, as in linear.cpp.
+struct TilePairsTwin {
+  static void narrow(const Scalar& x, bf16* to) { x.store(to); }
+  template <bool FRESH>
+  static void add(const bf16* a, int64_t stride, const void* w, int64_t steps, float* sums, int64_t apart) {
+    const bf16* words = static_cast<const bf16*>(w);
+    for (int64_t i = 0; i < TILE_ROWS; i++)
+      for (int64_t c = 0; c < COLUMNS; c++) {
+        const bf16* x = a + i * stride / 2;
+        float sum = FRESH ? 0 : sums[i * apart + c];
+        for (int64_t s = 0; s < steps; s++) {
+          float part[2] = {};
+          for (int64_t k = s * 2 * TILE_WORDS; k < (s + 1) * 2 * TILE_WORDS; k++)
+            part[k % 2] = std::fma(to_float(x[k]), to_float(words[(k / 2 * COLUMNS + c) * 2 + k % 2]), part[k % 2]);
+          sum += part[0] + part[1];
+        }
+        sums[i * apart + c] = sum;
+      }
+  }
+};
+
 // x [rows][k] in the order in which tiles read it, so that each is 1 KB of one stream: for each 32 rows, for each 64 bytes of k, those bytes of
 // all rows. What is not there is zero: k is rounded up to 64 bytes, and rows above 16 to 16.
 template <class T>
 struct TileRows {
   static constexpr int64_t EACH = TILE_BYTES / sizeof(T);
   int64_t rows, width;  // rounded up
-  std::vector<T> all;
+  Vector<T> all;
 
   TileRows(const T* x, int64_t count, int64_t k)
-      : rows(count <= TILE ? count : (count + TILE - 1) / TILE * TILE), width((k + EACH - 1) / EACH * EACH), all(size_t(rows * width)) {
+      : rows(count <= TILE_ROWS ? count : (count + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS),
+        width((k + EACH - 1) / EACH * EACH),
+        all(size_t(rows * width)) {
     for_each((rows + PAIR - 1) / PAIR, double(rows) * double(width) / 20, [=, this](int64_t i) {
       const int64_t first = i * PAIR, height = std::min(rows - first, PAIR);
       for (int64_t r = first; r < std::min(first + height, count); r++) {
@@ -111,7 +157,7 @@ void walk_tiles(int64_t rows, int64_t panels, int64_t steps, int64_t step_bytes,
   const int64_t parts = std::min(threads(), panels), passes = (rows + PAIR - 1) / PAIR, lines = (TWO_TILES / 64 + passes - 1) / passes;
   const int64_t block = passes <= 2 ? steps : TILES_BLOCK / step_bytes;
   for_each(parts, work, [&](int64_t part) {
-    const Tiles tiles(std::min(rows, TILE));
+    const Tiles tiles(std::min(rows, TILE_ROWS));
     float* sums = new (std::align_val_t(64)) float[size_t(rows * SUMS)];
     for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; panel++) {
       std::fill_n(sums, rows * SUMS, 0.0f);

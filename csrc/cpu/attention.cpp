@@ -13,7 +13,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels.h"
+#include "amx.h"
 
 namespace specedge {
 namespace {
@@ -25,6 +25,11 @@ constexpr int64_t QUERIES = 64;  // of a block
 // over 4,096 keys on pages in random order, of 400 MB, went from 5.9 to 11.9 GB/s (D 64) and from 6.0 to 10.7 (D 128); a plain stream had 18.
 constexpr int64_t CHUNK = 512;  // places
 constexpr int64_t TILE = 64;    // places
+constexpr int64_t APART = CHUNK + 2 * LANES;  // between rows of scores and weights: at a power of two they would meet in few sets of L1
+
+// Whether products go by tile registers (amx.h): those of 16 keys with 32 queries, and of 16 queries' weights of 32 keys with 32 elements.
+template <class Dot>
+constexpr bool TILES = requires { &Dot::template add<true>; };
 
 template <class T>
 constexpr int64_t PER_WORD = 4 / sizeof(T);
@@ -56,10 +61,10 @@ void prefetch(const void* x, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)x + i, 0, 2);  // 2: to L2, which has room for more misses at once
 }
 
-// scores[i * CHUNK + k] = q[i] . key[k] * scale for queries from .. to of a vector, and 16 keys of steps * PARTS words. `q` is [steps][16], a
+// scores[i * APART + k] = q[i] . key[k] for queries from .. to of a vector, and 16 keys of steps * PARTS words. `q` is [steps][16], a
 // vector of PARTS words of each of 16 / PARTS queries: so keys are multiplied as they lie, PARTS words at a time.
 template <class V, class Dot, int PARTS, class T>
-void dot(const float* q, const T* const* key, int64_t steps, float scale, int64_t from, int64_t to, float* scores) {
+void dot(const float* q, const T* const* key, int64_t steps, int64_t from, int64_t to, float* scores) {
   V r[LANES];
   for (int i = 0; i < LANES; i += V::KEYS) {
     V sum[V::KEYS];
@@ -74,7 +79,7 @@ void dot(const float* q, const T* const* key, int64_t steps, float scale, int64_
   for (int64_t i = from; i < to; i++) {
     V sum = r[i * PARTS];
     for (int p = 1; p < PARTS; p++) sum = sum + r[i * PARTS + p];
-    (sum * V::set(scale)).store(scores + i * CHUNK);
+    sum.store(scores + i * APART);
   }
 }
 
@@ -99,7 +104,7 @@ void finish(V even, V odd, bf16* to, int n) {
   unzip(even, odd, to, n);
 }
 
-// out[i][d] += sum over k of p[i * CHUNK + k] * value[k][d], for N queries and n values; `out` is [N][width] in the order of `values`.
+// out[i][d] += sum over k of p[i * APART + k] * value[k][d], for N queries and n values; `out` is [N][width] in the order of `values`.
 template <class V, class Dot, int N, class T>
 void weigh(const T* p, const T* const* value, const T* const* next, int64_t n, int64_t dim, float* out, int64_t width) {
   for (int64_t d = 0; d < dim; d += 2 * LANES) {
@@ -113,7 +118,7 @@ void weigh(const T* p, const T* const* value, const T* const* next, int64_t n, i
       V v[2];
       values(value + k, d, lanes, v[0], v[1]);
       for (int i = 0; i < N; i++) {
-        const V x = V::template repeat<1>(p + i * CHUNK + k);
+        const V x = V::template repeat<1>(p + i * APART + k);
         for (int c = 0; c < 2; c++) sum[i][c] = Dot()(x, v[c], sum[i][c]);
       }
     }
@@ -122,21 +127,30 @@ void weigh(const T* p, const T* const* value, const T* const* next, int64_t n, i
   }
 }
 
-// scores -> weights exp(score - top), zero from n to the next multiple of 16; top rises to the largest score. Returns their sum.
-template <class V, class T>
-float soften(float* scores, int64_t n, float& top, T* p) {
+// scores -> weights exp(score * scale - top), zero from n to the next multiple of TILE; top rises to the largest score * scale, scale > 0.
+// Returns their sum.
+template <class V, class Dot, class T>
+float soften(float* scores, int64_t n, float scale, float& top, T* p) {
   const int64_t end = (n + LANES - 1) / LANES * LANES;
   std::fill(scores + n, scores + end, -std::numeric_limits<float>::infinity());
-  V most = V::load(scores);
-  for (int64_t i = LANES; i < end; i += LANES) most = max(most, V::load(scores + i));
+  V most = V::load(scores), other = most;
+  for (int64_t i = LANES; i < end; i += 2 * LANES) {
+    most = max(most, V::load(scores + i));
+    if (i + LANES < end) other = max(other, V::load(scores + i + LANES));
+  }
   float lane[LANES];
-  most.store(lane);
-  top = std::max(top, *std::max_element(lane, lane + LANES));
+  max(most, other).store(lane);
+  top = std::max(top, *std::max_element(lane, lane + LANES) * scale);
   V total = V::set(0);
   for (int64_t i = 0; i < end; i += LANES) {
-    exp(V::load(scores + i) - V::set(top)).store(p + i);
+    const V x = exp(V::load(scores + i) * V::set(scale) - V::set(top));
+    if constexpr (TILES<Dot>)
+      Dot::narrow(x, p + i);
+    else
+      x.store(p + i);
     total = total + V::load(p + i);
   }
+  std::fill(p + end, p + (n + TILE - 1) / TILE * TILE, T{});
   return sum(total);
 }
 
@@ -158,12 +172,12 @@ struct Row {
 template <class T>
 struct Scratch {
   std::vector<Row> rows;
-  std::vector<float> q, scores, out, tops, totals;
-  std::vector<T> weights, nothing;
+  Vector<float> q, scores, out, tops, totals, pairs;
+  Vector<T> weights, nothing;
 };
 
 template <class X>
-X* room(std::vector<X>& v, int64_t n) {
+X* room(Vector<X>& v, int64_t n) {
   if (int64_t(v.size()) < n) v.resize(n);
   return v.data();
 }
@@ -245,9 +259,10 @@ struct Block {
   }
 
   // f(query, end, place in the chunk, keys, what to prefetch or null) for the tiles of the chunk at `begin` and all rows that see the same
-  // keys there, with `key` set. To score a key for a row that does not see it yet does no harm, nobody reads it; its value must wait.
+  // keys there (or the first of them: not if `all`), with `key` set. To score a key for a row that does not see it yet does no harm, nobody
+  // reads it; its value must wait.
   template <class F>
-  void visit(int64_t begin, bool of_values, F f) {
+  void visit(int64_t begin, bool of_values, bool all, F f) {
     for (int64_t place = begin; place < std::min(begin + CHUNK, longest); place += TILE) {
       std::swap(key, next);  // the last row's tile was located when the one before it was visited
       const int64_t then = place + TILE;
@@ -255,7 +270,7 @@ struct Block {
       locate(s.rows[count - 1], last && !of_values ? begin : then, of_values != last, next);
       for (int64_t end = count, i; end > 0; end = i) {
         const Row& row = s.rows[end - 1];
-        for (i = end - 1; i > 0 && same(s.rows[i - 1], row, place, of_values);) i--;
+        for (i = end - 1; i > 0 && same(s.rows[i - 1], row, place, all);) i--;
         if (end < count) locate(row, place, of_values, key);
         const int64_t n = in_tile(row, place);
         if (n) f(i * group, end * group, place - begin, n, end < count ? nullptr : next);
@@ -281,13 +296,13 @@ struct Block {
   void score(int64_t begin) {
     constexpr int64_t SLOTS = LANES / PARTS;
     const int64_t steps = a.dim / PER_WORD<T> / PARTS;
-    visit(begin, false, [&](int64_t query, int64_t end, int64_t at, int64_t n, const T* const* fetch) {
+    visit(begin, false, false, [&](int64_t query, int64_t end, int64_t at, int64_t n, const T* const* fetch) {
       for (int64_t k = 0; k < n; k += LANES) {
         if (fetch)
           for (int64_t j = k; j < k + LANES; j++) prefetch(fetch[j], a.dim * sizeof(T));
         for (int64_t i = query / SLOTS * SLOTS; i < end; i += SLOTS)
-          dot<V, Dot, PARTS>(s.q.data() + i * PARTS * steps, key + k, steps, a.scale, std::max<int64_t>(query - i, 0), std::min(end - i, SLOTS),
-                             s.scores.data() + i * CHUNK + at + k);
+          dot<V, Dot, PARTS>(s.q.data() + i * PARTS * steps, key + k, steps, std::max<int64_t>(query - i, 0), std::min(end - i, SLOTS),
+                             s.scores.data() + i * APART + at + k);
       }
     });
   }
@@ -296,7 +311,7 @@ struct Block {
     for (int64_t i = 0; i < queries; i++) {
       const int64_t n = std::min(s.rows[i / group].length - begin, CHUNK);
       if (n <= 0) continue;
-      const float before = s.tops[i], total = soften<V>(s.scores.data() + i * CHUNK, n, s.tops[i], s.weights.data() + i * CHUNK);
+      const float before = s.tops[i], total = soften<V, Dot>(s.scores.data() + i * APART, n, a.scale, s.tops[i], s.weights.data() + i * APART);
       if (begin && s.tops[i] > before) {
         float scale[LANES] = {before - s.tops[i]};
         exp(V::load(scale)).store(scale);
@@ -308,16 +323,121 @@ struct Block {
   }
 
   void weigh_all(int64_t begin) {
-    visit(begin, true, [&](int64_t query, int64_t end, int64_t at, int64_t n, const T* const* fetch) {
+    visit(begin, true, true, [&](int64_t query, int64_t end, int64_t at, int64_t n, const T* const* fetch) {
       for (int64_t i = query; i < end; i += V::QUERIES, fetch = nullptr)
         with<V::QUERIES>(end - i, [&]<int N>() {
-          weigh<V, Dot, N>(s.weights.data() + i * CHUNK + at, key, fetch, n, a.dim, s.out.data() + i * width, width);
+          weigh<V, Dot, N>(s.weights.data() + i * APART + at, key, fetch, n, a.dim, s.out.data() + i * width, width);
         });
     });
   }
 
+#ifdef __AMX_TILE__
+  int64_t steps = (a.dim + 31) / 32;  // of 32 elements: a tile of keys, of queries
+
+  // The queries as tiles take them, one after another, and room below the last.
+  void pack_tiles() {
+    float* to = room(s.q, (queries + LANES) * steps * LANES);
+    for (int64_t i = 0; i < queries; i++, to += steps * LANES) {
+      std::memcpy(to, a.q + offset(i), size_t(a.dim) * sizeof(T));
+      std::fill(to + a.dim / 2, to + steps * LANES, 0.0f);
+    }
+  }
+
+  void score_tiles(int64_t begin) {
+    room(s.pairs, TILE / 2 * width);
+    visit(begin, false, false, [&](int64_t query, int64_t end, int64_t at, int64_t n, const T* const* fetch) {
+      if (fetch)
+        for (int64_t k = 0; k < n; k++) prefetch(fetch[k], a.dim * sizeof(T));
+      turn_keys(n);
+      for (int64_t k = 0; k < n; k += COLUMNS)
+        for (int64_t i = query; i < end; i += LANES)
+          with_rows<true>(i, end, s.scores.data() + i * APART + at + k, APART, [&](float* sums, int64_t apart) {
+            Dot::template add<true>(reinterpret_cast<const T*>(s.q.data() + i * steps * LANES), steps * TILE_BYTES,
+                                    s.pairs.data() + k * steps * LANES, steps, sums, apart);
+          });
+    });
+  }
+
+  // The first n of a tile's keys: [32 keys][words of 32 * steps elements][32].
+  void turn_keys(int64_t n) {
+    for (int64_t k = 0; k < n; k += LANES) {
+      float* to = s.pairs.data() + k / COLUMNS * COLUMNS * steps * LANES + k % COLUMNS;
+      for (int64_t d = 0; d < a.dim; d += 32) {
+        V r[LANES];
+        for (int64_t j = 0; j < LANES; j++) r[j] = V::load(reinterpret_cast<const float*>(key[k + j] + d), int(std::min<int64_t>(LANES, (a.dim - d) / 2)));
+        transpose(r);
+        for (int64_t j = 0; j < LANES; j++, to += COLUMNS) r[j].store(to);
+      }
+    }
+  }
+
+  // f(sums [16][32], floats between their rows) for queries i .. end: in place, or in a copy of the rows that are theirs.
+  template <bool FRESH, class F>
+  void with_rows(int64_t i, int64_t end, float* to, int64_t apart, F f) {
+    const int64_t rows = end - i;
+    if (rows >= LANES || end == queries) return f(to, apart);  // there is room below the last
+    alignas(64) float sums[LANES * COLUMNS];
+    for (int64_t j = 0; !FRESH && j < rows; j++) std::memcpy(sums + j * COLUMNS, to + j * apart, COLUMNS * sizeof(float));
+    f(sums, COLUMNS);
+    for (int64_t j = 0; j < rows; j++) std::memcpy(to + j * apart, sums + j * COLUMNS, COLUMNS * sizeof(float));
+  }
+
+  // Rows that see no more than the first keys of a tile have weights of zero for the others: what they would be multiplied by must be finite.
+  void weigh_tiles(int64_t begin) {
+    room(s.pairs, TILE / 2 * width);
+    visit(begin, true, false, [&](int64_t query, int64_t end, int64_t at, int64_t n, const T* const* fetch) {
+      zip_values(n, fetch);
+      if (in_tile(s.rows[query / group], begin + at) == n || finite(n)) return multiply(query, end, at, n);
+      for (int64_t last = n; end > query; end -= group) {
+        const int64_t own = in_tile(s.rows[(end - 1) / group], begin + at);
+        std::fill(key + own, key + last, s.nothing.data());
+        zip_values(own, nullptr), multiply(end - group, end, at, last = own);
+      }
+    });
+  }
+
+  // The first n of a tile's values, pair by pair: [32 elements][pairs][32 words].
+  void zip_values(int64_t n, const T* const* fetch) {
+    float* to = s.pairs.data();
+    const int64_t all = (n + 31) / 32 * 32;
+    for (int64_t d = 0; d < a.dim; d += COLUMNS)
+      for (int64_t k = 0; k < all; k += 2, to += COLUMNS) {
+        if (fetch) prefetch(fetch[k] + d, 64), prefetch(fetch[k + 1] + d, 64);
+        V v[2];
+        values(key + k, d, int(std::min(COLUMNS, a.dim - d)), v[0], v[1]);
+        v[0].store(to), v[1].store(to + LANES);
+      }
+  }
+  bool finite(int64_t n) {
+    V zero = V::set(0);
+    for (const float* x = s.pairs.data(); x < s.pairs.data() + (n + 31) / 32 * 16 * width; x += LANES)
+      zero = fma(low(V::load(x)), V::set(0), fma(high(V::load(x)), V::set(0), zero));
+    return sum(zero) == 0;
+  }
+
+  // out += weights . values for the tile at `at`.
+  void multiply(int64_t query, int64_t end, int64_t at, int64_t n) {
+    const int64_t blocks = (n + 31) / 32;
+    for (int64_t i = query; i < end; i += LANES)
+      for (int64_t d = 0; d < width; d += COLUMNS)
+        with_rows<false>(i, end, s.out.data() + i * width + d, width, [&](float* sums, int64_t apart) {
+          Dot::template add<false>(s.weights.data() + i * APART + at, APART * sizeof(T), s.pairs.data() + d * blocks * LANES, blocks, sums, apart);
+        });
+  }
+#endif
+
   void run() {
     list();
+#ifdef __AMX_TILE__
+    if constexpr (TILES<Dot>) {
+      const Tiles tiles(TILE_ROWS);
+      return run([&] { pack_tiles(); }, [&](int64_t begin) { score_tiles(begin); }, [&](int64_t begin) { weigh_tiles(begin); });
+    } else
+#endif
+      run_vectors();
+  }
+
+  void run_vectors() {
     // How many words of a query share a vector with those of others: a function of the model's shape alone, for a score is summed accordingly.
     int64_t parts = LANES / int64_t(std::bit_ceil(uint64_t(std::min<int64_t>(group, LANES))));
     while (a.dim / PER_WORD<T> % parts) parts /= 2;
@@ -332,15 +452,20 @@ struct Block {
 
   template <int PARTS>
   void run() {
-    room(s.scores, queries * CHUNK), room(s.weights, queries * CHUNK), room(s.nothing, a.dim);
+    run([&] { pack<PARTS>(); }, [&](int64_t begin) { score<PARTS>(begin); }, [&](int64_t begin) { weigh_all(begin); });
+  }
+
+  template <class Pack, class Score, class Weigh>
+  void run(Pack pack, Score score, Weigh weigh) {
+    room(s.scores, (queries + LANES) * APART), room(s.weights, (queries + LANES) * APART), room(s.nothing, a.dim);
     locate(s.rows[count - 1], 0, false, next);
     std::for_each(next, next + TILE, [&](const T* x) { prefetch(x, a.dim * sizeof(T)); });
-    pack<PARTS>();
-    s.out.assign(queries * width, 0), s.totals.assign(queries, 0), s.tops.assign(queries, std::numeric_limits<float>::lowest());
+    pack();
+    s.out.assign((queries + LANES) * width, 0), s.totals.assign(queries, 0), s.tops.assign(queries, std::numeric_limits<float>::lowest());
     for (int64_t begin = 0; begin < longest; begin += CHUNK) {
-      score<PARTS>(begin);
+      score(begin);
       soften_all(begin);
-      weigh_all(begin);
+      weigh(begin);
     }
     for (int64_t i = 0; i < queries; i++) {
       if (s.rows[i / group].length == 0) continue;  // against the contract: the output stays zero
@@ -379,6 +504,9 @@ void all(const Attention<T>& a) {
 void attention(const Attention<float>& a, bool scalar) { scalar ? all<Scalar, Fma>(a) : all<Native, Fma>(a); }
 
 void attention(const Attention<bf16>& a, bool scalar) {
+#ifdef __AMX_TILE__
+  return scalar ? all<Scalar, TilePairsTwin>(a) : all<Native, TilePairs>(a);
+#endif
 #ifdef __AVX512BW__
   if (!scalar && __builtin_cpu_supports("avx512bf16")) return all<Native, Dpbf16>(a);
 #endif

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 #include <functional>
+#include <new>
+#include <vector>
 
 #include "vec.h"
 
@@ -14,6 +16,20 @@ namespace specedge {
 // Run f(0) .. f(tasks - 1) on torch's threads, or on this one alone if `work` (about: nanoseconds) would not pay for waking others.
 void for_each(int64_t tasks, double work, const std::function<void(int64_t)>& f);
 int64_t threads();  // that torch would use
+
+// Memory from the start of a cache line on. A tile whose lines cross into the next takes twice the loads.
+template <class T>
+struct Aligned {
+  using value_type = T;
+  Aligned() = default;
+  template <class U>
+  Aligned(const Aligned<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const Aligned&) const { return true; }
+};
+template <class T>
+using Vector = std::vector<T, Aligned<T>>;
 
 template <class T>
 void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t width, float eps, bool scalar);

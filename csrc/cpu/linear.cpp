@@ -117,7 +117,7 @@ void run(const Linear<typename Step::T>& a) {
 template <bool BOTH>
 void pass_pairs(const Pass& p, const bf16* x) {
   constexpr int64_t LINE = COLUMNS * 4, ROW = SUMS * 4;  // bytes between words of k and between rows of sums
-  float *const upper = p.sums, *const lower = p.sums + TILE * SUMS;
+  float *const upper = p.sums, *const lower = p.sums + TILE_ROWS * SUMS;
   tile_load<0>(upper, ROW), tile_load<1>(upper + LANES, ROW);
   if (BOTH) tile_load<2>(lower, ROW), tile_load<3>(lower + LANES, ROW);
   const char *w = p.w, *fetch = p.fetch;
@@ -127,7 +127,7 @@ void pass_pairs(const Pass& p, const bf16* x) {
     tile_load<4>(x, TILE_BYTES);
     tile_dot_pairs<0, 4, 6>(), tile_dot_pairs<1, 4, 7>();
     if (!BOTH) continue;
-    tile_load<5>(x + TILE * 2 * TILE_WORDS, TILE_BYTES);
+    tile_load<5>(x + TILE_ROWS * 2 * TILE_WORDS, TILE_BYTES);
     tile_dot_pairs<2, 5, 6>(), tile_dot_pairs<3, 5, 7>();
   }
   tile_store<0>(upper, ROW), tile_store<1>(upper + LANES, ROW);
@@ -150,7 +150,7 @@ void pass_twin(const Pass& p, const bf16* x) {
 void run_tiles(const Linear<bf16>& a, bool scalar) {
   const TileRows<bf16> x(a.x, a.rows, a.k);
   const auto tile = [&](const Pass& p) {
-    const auto f = scalar ? pass_twin : p.height > TILE ? pass_pairs<true> : pass_pairs<false>;
+    const auto f = scalar ? pass_twin : p.height > TILE_ROWS ? pass_pairs<true> : pass_pairs<false>;
     f(p, x.at(p.row, 2 * p.from));
   };
   const auto done = [&](int64_t panel, const float* sums) { finish<Native>(a, panel, 1, sums); };

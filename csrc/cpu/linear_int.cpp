@@ -257,11 +257,11 @@ void pass_bytes(const Pass& p, const int8_t* x, const Codes& c, int64_t rows) {
       tile_load<4>(x, TILE_BYTES);
       tile_dot_bytes<0, 4, 6>(), tile_dot_bytes<1, 4, 7>();
       if (!BOTH) continue;
-      tile_load<5>(x + TILE * TILE_BYTES, TILE_BYTES);
+      tile_load<5>(x + TILE_ROWS * TILE_BYTES, TILE_BYTES);
       tile_dot_bytes<2, 5, 6>(), tile_dot_bytes<3, 5, 7>();
     }
     tile_store<0>(products, LINE), tile_store<1>(products + LANES, LINE);
-    if (BOTH) tile_store<2>(products + TILE * COLUMNS, LINE), tile_store<3>(products + TILE * COLUMNS + LANES, LINE);
+    if (BOTH) tile_store<2>(products + TILE_ROWS * COLUMNS, LINE), tile_store<3>(products + TILE_ROWS * COLUMNS + LANES, LINE);
     for (int64_t i = 0; i < rows; i++) {
       const int64_t at = (p.row + i) * c.steps + step;
       const __m512i offset = _mm512_set1_epi32(c.offset[size_t(at)]);
@@ -280,7 +280,7 @@ void run_tiles8(const Linear<T>& a) {
   const Codes c = encode(a, 128, 1);
   const TileRows<int8_t> x(c.q.data(), a.rows, c.k);
   const auto tile = [&](const Pass& p) {
-    const auto f = p.height > TILE ? pass_bytes<true> : pass_bytes<false>;
+    const auto f = p.height > TILE_ROWS ? pass_bytes<true> : pass_bytes<false>;
     f(p, x.at(p.row, p.from * INPUTS), c, std::min(a.rows - p.row, PAIR));
   };
   const auto done = [&](int64_t panel, const float* sums) { finish<Native>(a, panel, 1, sums); };
