@@ -1,5 +1,5 @@
 // Tile registers (AMX), where the level of the build has them: 16 rows of x times 16 columns of weights over 64 bytes of k in one instruction, which
-// takes 16 cycles for 16 rows and 9 for up to 8. One core of a Granite Rapids does 3.0 TFLOP/s with bf16 tiles in registers and 2.0 from L1; by
+// takes 16 cycles for 16 rows and 9 for up to 8. One core of an Intel Xeon does 3.0 TFLOP/s with bf16 tiles in registers and 2.0 from L1; by
 // vdpbf16ps it does 0.1.
 //
 // A tile is 16 lines of 64 bytes. Panels (kernels.h) are tiles of weights as they are: 16 words of k by 16 columns, the lines 128 bytes apart, so

@@ -2,157 +2,23 @@
 //
 // Knows nothing of sequences. Invariant: what is computed for a query depends on the list of its visible keys, by absolute position, and on
 // nothing else: whatever is taken together or reordered (pairs, sixteen lanes, tiles, chunks) is so by place in that list. So one row = tree =
-// chunk = batch and pages = row buffer, bit for bit. A value that a query does not see is not multiplied by zero, it is not visited: NaN and
-// inf stay where they are.
+// chunk = batch and pages = row buffer, bit for bit. A value that a query does not see is not visited, or, where tile registers multiply it by a
+// weight of zero, was found to be finite: NaN and inf stay where they are.
 //
 // Work is cut into tasks (segment, kv head, block of rows). A block goes through its lists by chunks: scores of the chunk's keys tile by tile
 // (all rows use a tile while it is in L1), softmax, sum of the values tile by tile. The largest score so far counts as zero: where a chunk
 // raises it, the sums of the chunks before are scaled down.
 // Multiplications take words: a float or two bf16, as they lie in memory. So in bf16 the softmax weights are rounded too, as in transformers;
 // they are summed after it and add up to one. Output x errs by at most 2^-8 (|x| + the weighted mean of |value|) before its own rounding.
-#include <algorithm>
+// With tile registers 32 places in a row are summed as tdpbf16ps has it, the last of them with weights of zero where the list ends.
 #include <vector>
 
-#include "amx.h"
+#include "attention.h"
 
 namespace specedge {
 namespace {
 
 constexpr int64_t QUERIES = 64;  // of a block
-
-// A chunk of a list is visited as eight runs side by side, one per tile: places 0, 64, 128 .. 448, 1, 65 .. (fewer if it is not full.) A page
-// is too short for the hardware to see a stream and read ahead of it. Eight at once, and the next tile fetched to L2: one float32 decode row
-// over 4,096 keys on pages in random order, of 400 MB, went from 5.9 to 11.9 GB/s (D 64) and from 6.0 to 10.7 (D 128); a plain stream had 18.
-constexpr int64_t CHUNK = 512;  // places
-constexpr int64_t TILE = 64;    // places
-constexpr int64_t APART = CHUNK + 2 * LANES;  // between rows of scores and weights: at a power of two they would meet in few sets of L1
-
-// Whether products go by tile registers (amx.h): those of 16 keys with 32 queries, and of 16 queries' weights of 32 keys with 32 elements.
-template <class Dot>
-constexpr bool TILES = requires { &Dot::template add<true>; };
-
-template <class T>
-constexpr int64_t PER_WORD = 4 / sizeof(T);
-
-// What a lane does with two words and a sum: of two products that of the later elements goes first. vdpbf16ps is defined to do just this, but
-// for subnormals, which it takes as zero. It is written as text because this file is built for processors that may not have it.
-struct Fma {
-  template <class V>
-  V operator()(V a, V b, V sum) const {
-    return fma(a, b, sum);
-  }
-};
-struct Pairs {
-  template <class V>
-  V operator()(V a, V b, V sum) const {
-    return fma(low(a), low(b), fma(high(a), high(b), sum));
-  }
-};
-#ifdef __AVX512BW__
-struct Dpbf16 {
-  Avx512 operator()(Avx512 a, Avx512 b, Avx512 sum) const {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
-    return sum;
-  }
-};
-#endif
-
-void prefetch(const void* x, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)x + i, 0, 2);  // 2: to L2, which has room for more misses at once
-}
-
-// scores[i * APART + k] = q[i] . key[k] for queries from .. to of a vector, and 16 keys of steps * PARTS words. `q` is [steps][16], a
-// vector of PARTS words of each of 16 / PARTS queries: so keys are multiplied as they lie, PARTS words at a time.
-template <class V, class Dot, int PARTS, class T>
-void dot(const float* q, const T* const* key, int64_t steps, int64_t from, int64_t to, float* scores) {
-  V r[LANES];
-  for (int i = 0; i < LANES; i += V::KEYS) {
-    V sum[V::KEYS];
-    for (V& x : sum) x = V::set(0);
-    for (int64_t j = 0; j < steps; j++) {
-      const V x = V::load(q + j * LANES);
-      for (int k = 0; k < V::KEYS; k++) sum[k] = Dot()(x, V::template repeat<PARTS>(key[i + k] + j * PARTS * PER_WORD<T>), sum[k]);
-    }
-    std::copy_n(sum, V::KEYS, r + i);
-  }
-  transpose(r);
-  for (int64_t i = from; i < to; i++) {
-    V sum = r[i * PARTS];
-    for (int p = 1; p < PARTS; p++) sum = sum + r[i * PARTS + p];
-    sum.store(scores + i * APART);
-  }
-}
-
-// Elements d .. d + n, n <= 32, of the values whose weights share a word.
-template <class V>
-void values(const float* const* value, int64_t d, int n, V& x, V& y) {
-  x = V::load(value[0] + d, std::min(n, LANES)), y = n > LANES ? V::load(value[0] + d + LANES, n - LANES) : V::set(0);
-}
-template <class V>
-void values(const bf16* const* value, int64_t d, int n, V& even, V& odd) {
-  zip(value[0] + d, value[1] + d, n, even, odd);
-}
-
-// The 32 sums that `values` leads to, to their places.
-template <class V>
-void finish(V x, V y, float* to, int n) {
-  x.store(to, std::min(n, LANES));
-  if (n > LANES) y.store(to + LANES, n - LANES);
-}
-template <class V>
-void finish(V even, V odd, bf16* to, int n) {
-  unzip(even, odd, to, n);
-}
-
-// out[i][d] += sum over k of p[i * APART + k] * value[k][d], for N queries and n values; `out` is [N][width] in the order of `values`.
-template <class V, class Dot, int N, class T>
-void weigh(const T* p, const T* const* value, const T* const* next, int64_t n, int64_t dim, float* out, int64_t width) {
-  for (int64_t d = 0; d < dim; d += 2 * LANES) {
-    const int lanes = int(std::min<int64_t>(2 * LANES, dim - d));
-    V sum[N][2];
-    for (int i = 0; i < N; i++)
-      for (int c = 0; c < 2; c++) sum[i][c] = V::load(out + i * width + d + c * LANES);
-    for (int64_t k = 0; k < n; k += PER_WORD<T>) {
-      if (next)
-        for (int64_t j = 0; j < PER_WORD<T>; j++) prefetch(next[k + j] + d, 2 * LANES * sizeof(T));
-      V v[2];
-      values(value + k, d, lanes, v[0], v[1]);
-      for (int i = 0; i < N; i++) {
-        const V x = V::template repeat<1>(p + i * APART + k);
-        for (int c = 0; c < 2; c++) sum[i][c] = Dot()(x, v[c], sum[i][c]);
-      }
-    }
-    for (int i = 0; i < N; i++)
-      for (int c = 0; c < 2; c++) sum[i][c].store(out + i * width + d + c * LANES);
-  }
-}
-
-// scores -> weights exp(score * scale - top), zero from n to the next multiple of TILE; top rises to the largest score * scale, scale > 0.
-// Returns their sum.
-template <class V, class Dot, class T>
-float soften(float* scores, int64_t n, float scale, float& top, T* p) {
-  const int64_t end = (n + LANES - 1) / LANES * LANES;
-  std::fill(scores + n, scores + end, -std::numeric_limits<float>::infinity());
-  V most = V::load(scores), other = most;
-  for (int64_t i = LANES; i < end; i += 2 * LANES) {
-    most = max(most, V::load(scores + i));
-    if (i + LANES < end) other = max(other, V::load(scores + i + LANES));
-  }
-  float lane[LANES];
-  max(most, other).store(lane);
-  top = std::max(top, *std::max_element(lane, lane + LANES) * scale);
-  V total = V::set(0);
-  for (int64_t i = 0; i < end; i += LANES) {
-    const V x = exp(V::load(scores + i) * V::set(scale) - V::set(top));
-    if constexpr (TILES<Dot>)
-      Dot::narrow(x, p + i);
-    else
-      x.store(p + i);
-    total = total + V::load(p + i);
-  }
-  std::fill(p + end, p + (n + TILE - 1) / TILE * TILE, T{});
-  return sum(total);
-}
 
 // f.operator()<n>() for the n in 1 .. N that is asked for.
 template <int N, class F>
@@ -332,7 +198,7 @@ struct Block {
   }
 
 #ifdef __AMX_TILE__
-  int64_t steps = (a.dim + 31) / 32;  // of 32 elements: a tile of keys, of queries
+  int64_t steps = (a.dim + 31) / 32;  // of 32 elements
 
   // The queries as tiles take them, one after another, and room below the last.
   void pack_tiles() {
@@ -364,7 +230,8 @@ struct Block {
       float* to = s.pairs.data() + k / COLUMNS * COLUMNS * steps * LANES + k % COLUMNS;
       for (int64_t d = 0; d < a.dim; d += 32) {
         V r[LANES];
-        for (int64_t j = 0; j < LANES; j++) r[j] = V::load(reinterpret_cast<const float*>(key[k + j] + d), int(std::min<int64_t>(LANES, (a.dim - d) / 2)));
+        const int words = int(std::min<int64_t>(LANES, (a.dim - d) / 2));
+        for (int64_t j = 0; j < LANES; j++) r[j] = V::load(reinterpret_cast<const float*>(key[k + j] + d), words);
         transpose(r);
         for (int64_t j = 0; j < LANES; j++, to += COLUMNS) r[j].store(to);
       }
@@ -505,12 +372,13 @@ void attention(const Attention<float>& a, bool scalar) { scalar ? all<Scalar, Fm
 
 void attention(const Attention<bf16>& a, bool scalar) {
 #ifdef __AMX_TILE__
-  return scalar ? all<Scalar, TilePairsTwin>(a) : all<Native, TilePairs>(a);
-#endif
+  scalar ? all<Scalar, TilePairsTwin>(a) : all<Native, TilePairs>(a);
+#else
 #ifdef __AVX512BW__
   if (!scalar && __builtin_cpu_supports("avx512bf16")) return all<Native, Dpbf16>(a);
 #endif
   scalar ? all<Scalar, Pairs>(a) : all<Native, Pairs>(a);
+#endif
 }
 
 }  // namespace specedge

@@ -202,15 +202,20 @@ def test_slots_in_any_order(cpp: Any, causal: bool) -> None:
         assert torch.equal(run([turned])[0][0], want[-1])
 
 
-def test_nan_stays_in_its_branch(cpp: Any) -> None:
-    tree, parents = make("tree", 30, 50, 2, 16, torch.float32)
-    (want,) = run([tree])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "prefix"), [("tree", 30), ("chunk", 30), ("chunk", 500)])
+def test_nan_stays_in_its_branch(cpp: Any, kind: str, prefix: int, dtype: torch.dtype) -> None:
+    """Rows of a chunk that end within one tile of keys share it: what later rows bring does not reach earlier ones."""
+    part, parents = make(kind, prefix, 50, 2, 16, dtype)
+    (want,) = run([part])
     sick = 20
-    new = tree.new.clone()
-    new[:, sick] = NAN
-    (got,) = run([replace(tree, new=new)])
-    for i in range(50):
-        assert torch.equal(got[i], want[i]) if sick not in path(parents, i) else got[i].isnan().all()
+    for bad in (NAN, torch.inf):
+        new = part.new.clone()
+        new[0, sick] = torch.nan
+        new[1, sick] = bad
+        (got,) = run([replace(part, new=new)])
+        for i in range(50):
+            assert torch.equal(got[i], want[i]) if sick not in path(parents, i) else not got[i].isfinite().any()
 
 
 def test_softmax_of_large_scores(cpp: Any) -> None:
