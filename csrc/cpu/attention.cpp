@@ -255,10 +255,10 @@ struct Block {
     visit(begin, true, false, [&](int64_t query, int64_t end, int64_t at, int64_t n, const T* const* fetch) {
       zip_values(n, fetch);
       if (in_tile(s.rows[query / group], begin + at) == n || finite(n)) return multiply(query, end, at, n);
-      for (int64_t last = n; end > query; end -= group) {
-        const int64_t own = in_tile(s.rows[(end - 1) / group], begin + at);
-        std::fill(key + own, key + last, s.nothing.data());
-        zip_values(own, nullptr), multiply(end - group, end, at, last = own);
+      for (; end > query; end -= group) {
+        const Row& row = s.rows[end / group - 1];
+        const int64_t own = in_tile(row, begin + at);
+        locate(row, begin + at, true, key), zip_values(own, nullptr), multiply(end - group, end, at, own);
       }
     });
   }
