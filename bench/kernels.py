@@ -49,6 +49,7 @@ def linears(c: ModelConfig, name: str, rotate: float = ROTATE) -> list[Case]:
 def attentions(c: ModelConfig, dtype: torch.dtype) -> list[Case]:
     """Rows over a context, as a chunk; the K/V of ROTATE bytes take turns as those of layers do."""
     cases: list[Case] = []
+    kind = "bfloat16" if dtype == torch.bfloat16 and kernels.backend() == "cpp amx" else "float32"  # others multiply on vectors
     for rows, context in ((1, 128), (1, 1024), (1, 4096), (32, 1024), (512, 0)):
         pages, q = -(-context // 64), torch.randn(rows, c.heads, c.head_dim).to(dtype)
         per_layer = 2 * max(1, pages) * c.kv_heads * 64 * c.head_dim
@@ -60,7 +61,7 @@ def attentions(c: ModelConfig, dtype: torch.dtype) -> list[Case]:
         keys = rows * context + rows * (rows + 1) / 2
         moved = (2 * (context + rows) * c.kv_heads + 2 * rows * c.heads) * c.head_dim * dtype.itemsize
         call = lambda q=q, r=rows_kv, t=turns, s=segments, b=table, p=pos, a=anc: kernels.attention(q, r, next(t), s, b, p, p, a, 0.1, 0)  # type: ignore[misc] # noqa: E731
-        cases.append((f"attention {rows} @ {context}", moved, 4 * keys * c.heads * c.head_dim, "float32", call))  # it multiplies on vectors
+        cases.append((f"attention {rows} @ {context}", moved, 4 * keys * c.heads * c.head_dim, kind, call))
     return cases
 
 
