@@ -20,8 +20,10 @@ from specedge.engine import graphs
 from specedge.engine import runner as runners
 from specedge.engine.batch import StepBatch
 from specedge.engine.buckets import Bucket, buckets, fits, kv_tokens_that_fit, layout, least_bucket, pack, size
+from specedge.engine.drafter import Drafter
+from specedge.engine.engine import Engine
 from specedge.engine.graphs import CapturedScorer, CapturedVerifier, Passes
-from specedge.engine.runner import DeviceError, sizes_for
+from specedge.engine.runner import DeviceError, Runner, sizes_for
 from specedge.engine.speculative import SpeculativeEngine
 from specedge.kernels.cuda_ops import CudaOps
 from tests.engine.cuda_stand_in import StandIn
@@ -219,3 +221,27 @@ def test_pages_are_sized_by_what_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(DeviceError, match=r"no room for K/V: 2.0 of 18.0 GB are free, passes of 512 rows take .* GB, and 90% may be used"):
         sizes_for(GPU_8B, sizes, cuda, 2)
     assert sizes_for(GPU_8B, EngineConfig(kv_tokens=640), cuda, 2).tokens == 640 and sizes_for(GPU_8B, sizes, torch.device("cpu"), 2).tokens == 16384
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_texts_on_a_gpu(path: Path, dtype: str) -> None:
+    """Captured steps and drafts: the CPU's ids in float32 (no near tie in these texts), the same ids in every run in bfloat16."""
+    if kernels.backend("cuda") != kernels.CAPTURABLE:
+        pytest.skip("the CUDA ops are not built: python setup.py build_ext --inplace, with nvcc on the PATH")
+    sizes, prompts = EngineConfig(kv_tokens=4096, page_size=16, max_rows=128, max_sequences=8), [[1, 2, 3], [5] * 90, [7]]
+    each = [SamplingParams(0.8, 30, seed=2), SamplingParams(0.0, 30), SamplingParams(0.8, 30, seed=3, **EVERY)]  # type: ignore[arg-type]
+    target = Engine(Runner.load(path, sizes, sizes.max_rows, "cuda", dtype, False))
+    config = DraftConfig(tree_size=15, engine=EngineConfig(kv_tokens=8192, max_rows=256))
+    draft = Drafter(Runner.load(path, config.engine, config.max_sessions * 256, "cuda", dtype, False), config)
+    assert isinstance(target._verify, CapturedVerifier) and isinstance(draft._score, CapturedScorer)
+    plain = [[c.token_ids for c in target.generate(prompts, p)] for p in each]
+    again = Engine(target.runner)  # whose prefix cache is empty, as that of `target` was: with other pages rows would be grouped otherwise
+    assert [[c.token_ids for c in again.generate(prompts, p)] for p in each] == plain
+    drafted = SpeculativeEngine(target, draft).generate(prompts, each[0])
+    assert sum(c.speculation.accepted for c in drafted) > 10
+    if dtype == "float32":
+        law = engine(path, page_size=16)
+        assert plain == [[c.token_ids for c in law.generate(prompts, p)] for p in each]
+        assert [c.token_ids for c in drafted] == plain[0]
+    check_empty(target)
