@@ -31,7 +31,7 @@ class Calibration:
 
     def log_acceptances(self, log_p: NDArray[np.float32]) -> NDArray[np.float64]:
         """The same for `log_p [n, k]` whose column is the rank, as logarithms, which add up along a path."""
-        p = np.exp(np.clip(log_p.astype(np.float64), -2 * WIDEST, -1e-12))
+        p = np.exp(np.clip(np.nan_to_num(log_p.astype(np.float64), nan=-np.inf), -2 * WIDEST, -1e-12))  # nan: of weights that overflow
         logit = np.clip(np.log(p / (1 - p)), -WIDEST, WIDEST)
         k = log_p.shape[1]
         found: NDArray[np.float64] = -np.logaddexp(0, -(self._slope[:k] * logit + self._shift[:k]))

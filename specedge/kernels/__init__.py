@@ -92,10 +92,15 @@ def _cpp(folder: Path) -> Ops:
         if isa not in runs:
             raise OSError(f"this processor offers {capability}")
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
-    except (OSError, RuntimeError) as error:
+        return _cpp_ops(isa)
+    except (OSError, RuntimeError, AttributeError) as error:  # the last: it was built from older sources
         reason = " ".join(str(error).split())
         warnings.warn(f"{path} does not load here ({reason}); rebuild it: python setup.py build_ext --inplace", stacklevel=2)
         return _TORCH
+
+
+def _cpp_ops(isa: str) -> Ops:
+    """The ops of the library that is loaded."""
     cpp: Any = torch.ops.specedge
 
     def norm_rope_write(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, *rope: Any) -> Tensor:

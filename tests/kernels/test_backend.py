@@ -5,9 +5,11 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from specedge import kernels
 
@@ -46,6 +48,15 @@ def test_a_library_that_does_not_load_says_so(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=f"{path.name} does not load here .*rebuild it: python setup.py") as seen:
         assert kernels._cpp(tmp_path).name == "torch"
     assert len(seen) == 1
+
+
+def test_a_library_of_older_sources_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that loads and lacks an op."""
+    (tmp_path / f"_C_scalar{SUFFIX}").write_bytes(b"")
+    monkeypatch.setattr(torch.ops, "load_library", lambda _: None)
+    monkeypatch.setattr(torch.ops, "specedge", SimpleNamespace(rms_norm=SimpleNamespace(default=None)))
+    with pytest.warns(UserWarning, match="does not load here .*no attribute.*rebuild it: python setup.py"):
+        assert kernels._cpp(tmp_path).name == "torch"
 
 
 def test_a_cuda_library_that_does_not_load_says_so(tmp_path: Path) -> None:
