@@ -150,23 +150,23 @@ struct Pass {
   }
 };
 
-// Call tile(pass) for all passes and done(panel, sums [rows][SUMS]) after each panel, on all threads. The passes over a panel share the work of
-// fetching what comes next, so that memory streams while they multiply; more than two go by blocks, which with x stay in L2.
+// Call tile(pass) for all passes and done(panel, sums [rows][COLUMNS]) after each panel, on all threads. The passes over a panel share the work of
+// fetching what comes next, so that memory streams while they multiply; more than two go by blocks, which stay in L1, and x and sums in L2.
 template <class Tile, class Done>
 void walk_tiles(int64_t rows, int64_t panels, int64_t steps, int64_t step_bytes, const void* packed, double work, Tile tile, Done done) {
   const int64_t parts = std::min(threads(), panels), passes = (rows + PAIR - 1) / PAIR, lines = (TWO_TILES / 64 + passes - 1) / passes;
   const int64_t block = passes <= 2 ? steps : TILES_BLOCK / step_bytes;
   for_each(parts, work, [&](int64_t part) {
     const Tiles tiles(std::min(rows, TILE_ROWS));
-    float* sums = new (std::align_val_t(64)) float[size_t(rows * SUMS)];
+    float* sums = new (std::align_val_t(64)) float[size_t(rows * COLUMNS)];
     for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; panel++) {
-      std::fill_n(sums, rows * SUMS, 0.0f);
+      std::fill_n(sums, rows * COLUMNS, 0.0f);
       for (int64_t from = 0; from < steps; from += block) {
         const int64_t to = std::min(steps, from + block), bytes = (to - from) * step_bytes;
         const char* w = static_cast<const char*>(packed) + (panel * steps + from) * step_bytes;
         for (int64_t row = 0; row < rows; row += PAIR) {
           const char* fetch = w + (passes == 1 ? AHEAD : bytes + row / PAIR * (bytes / TWO_TILES * lines * 64));
-          tile(Pass{row, std::min(rows - row, PAIR), from, to, w, fetch, lines, sums + row * SUMS});
+          tile(Pass{row, std::min(rows - row, PAIR), from, to, w, fetch, lines, sums + row * COLUMNS});
         }
       }
       done(panel, sums);

@@ -116,10 +116,10 @@ void run(const Linear<typename Step::T>& a) {
 // sums[i] += x[i] . w for the rows of a pass, of which there are more than 16 if BOTH; x as in TileRows.
 template <bool BOTH>
 void pass_pairs(const Pass& p, const bf16* x) {
-  constexpr int64_t LINE = COLUMNS * 4, ROW = SUMS * 4;  // bytes between words of k and between rows of sums
-  float *const upper = p.sums, *const lower = p.sums + TILE_ROWS * SUMS;
-  tile_load<0>(upper, ROW), tile_load<1>(upper + LANES, ROW);
-  if (BOTH) tile_load<2>(lower, ROW), tile_load<3>(lower + LANES, ROW);
+  constexpr int64_t LINE = COLUMNS * 4;  // bytes between words of k and between rows of sums
+  float *const upper = p.sums, *const lower = p.sums + TILE_ROWS * COLUMNS;
+  tile_load<0>(upper, LINE), tile_load<1>(upper + LANES, LINE);
+  if (BOTH) tile_load<2>(lower, LINE), tile_load<3>(lower + LANES, LINE);
   const char *w = p.w, *fetch = p.fetch;
   for (int64_t s = p.from; s < p.to; s += TILE_WORDS, w += TWO_TILES, x += p.height * 2 * TILE_WORDS) {
     p.ahead(fetch);
@@ -130,8 +130,8 @@ void pass_pairs(const Pass& p, const bf16* x) {
     tile_load<5>(x + TILE_ROWS * 2 * TILE_WORDS, TILE_BYTES);
     tile_dot_pairs<2, 5, 6>(), tile_dot_pairs<3, 5, 7>();
   }
-  tile_store<0>(upper, ROW), tile_store<1>(upper + LANES, ROW);
-  if (BOTH) tile_store<2>(lower, ROW), tile_store<3>(lower + LANES, ROW);
+  tile_store<0>(upper, LINE), tile_store<1>(upper + LANES, LINE);
+  if (BOTH) tile_store<2>(lower, LINE), tile_store<3>(lower + LANES, LINE);
 }
 
 // The twin: what tdpbf16ps does, but for subnormal numbers (checked on 272,000 random sums).
@@ -143,7 +143,7 @@ void pass_twin(const Pass& p, const bf16* x) {
         float part[2] = {};
         for (int64_t k = 0; k < 2 * TILE_WORDS; k++)
           part[k % 2] = std::fma(to_float(x[i * 2 * TILE_WORDS + k]), to_float(w[(k / 2 * COLUMNS + c) * 2 + k % 2]), part[k % 2]);
-        p.sums[i * SUMS + c] += part[0] + part[1];
+        p.sums[i * COLUMNS + c] += part[0] + part[1];
       }
 }
 
@@ -153,7 +153,7 @@ void run_tiles(const Linear<bf16>& a, bool scalar) {
     const auto f = scalar ? pass_twin : p.height > TILE_ROWS ? pass_pairs<true> : pass_pairs<false>;
     f(p, x.at(p.row, 2 * p.from));
   };
-  const auto done = [&](int64_t panel, const float* sums) { finish<Native>(a, panel, 1, sums); };
+  const auto done = [&](int64_t panel, const float* sums) { finish<Native>(a, panel, 1, sums, COLUMNS); };
   const double work = double(a.n) * double(a.k) * (0.1 + 0.001 * double(a.rows));
   walk_tiles(x.rows, (a.n + COLUMNS - 1) / COLUMNS, words<bf16>(a.k), COLUMNS * 4, a.packed, work, tile, done);
 }

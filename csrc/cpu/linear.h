@@ -41,14 +41,14 @@ void walk(int64_t rows, int64_t panels, int64_t steps, int64_t step_bytes, int64
   });
 }
 
-// Round the sums of a panel or two to the output: times scale [n] (if there is one), plus bias.
+// Round the sums [rows][apart] of a panel or two to the output: times scale [n] (if there is one), plus bias.
 template <class V, class T>
-void finish(const Linear<T>& a, int64_t panel, int64_t panels, const float* sums) {
+void finish(const Linear<T>& a, int64_t panel, int64_t panels, const float* sums, int64_t apart = SUMS) {
   const int64_t begin = panel * COLUMNS, end = std::min(a.n, begin + panels * COLUMNS);
   for (int64_t r = 0; r < a.rows; r++)
     for (int64_t c = begin; c < end; c += LANES) {
       const int n = int(std::min<int64_t>(LANES, end - c));
-      V y = V::load(sums + r * SUMS + c - begin);
+      V y = V::load(sums + r * apart + c - begin);
       if (a.scale) y = y * V::load(a.scale + c, n);
       if (a.bias) y = y + V::load(a.bias + c, n);
       y.store(a.out + r * a.n + c, n);

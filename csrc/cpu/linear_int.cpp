@@ -267,7 +267,7 @@ void pass_bytes(const Pass& p, const int8_t* x, const Codes& c, int64_t rows) {
       const __m512i offset = _mm512_set1_epi32(c.offset[size_t(at)]);
       const Avx512 scale = Avx512::set(c.scale[size_t(at)]);
       for (int64_t t = 0; t < COLUMNS; t += LANES) {
-        float* sums = p.sums + i * SUMS + t;
+        float* sums = p.sums + i * COLUMNS + t;
         const Avx512 sum = {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_load_si512(products + i * COLUMNS + t), offset))};
         (Avx512::load(sums) + sum * scale).store(sums);
       }
@@ -283,7 +283,7 @@ void run_tiles8(const Linear<T>& a) {
     const auto f = p.height > TILE_ROWS ? pass_bytes<true> : pass_bytes<false>;
     f(p, x.at(p.row, p.from * INPUTS), c, std::min(a.rows - p.row, PAIR));
   };
-  const auto done = [&](int64_t panel, const float* sums) { finish<Native>(a, panel, 1, sums); };
+  const auto done = [&](int64_t panel, const float* sums) { finish<Native>(a, panel, 1, sums, COLUMNS); };
   const double work = double(a.n) * double(a.k) * (0.05 + 0.001 * double(a.rows));
   walk_tiles(x.rows, (a.n + COLUMNS - 1) / COLUMNS, c.steps, STEP8, a.packed, work, tile, done);
 }
