@@ -99,16 +99,17 @@ def sanitize(log: Log, end: float, dry: bool) -> None:
 
 
 def call_ops(device: str, names: list[str]) -> None:
-    """Call every op of bench/kernels.py once at a tiny size, or those whose names begin so."""
+    """Call every op once at a tiny size, or those whose names begin so."""
     import torch
 
     from bench.common import SHAPES
+    from bench.gpu_ops import captured
     from bench.kernels import attentions, others
     from specedge import kernels
 
     c, dtype = SHAPES["tiny"], torch.float32 if device == "cpu" else torch.bfloat16
     with torch.device(device):
-        cases = [case for rows in (1, 5) for case in others(c, dtype, rows)] + attentions(c, dtype)
+        cases = [case for rows in (1, 5) for case in (*others(c, dtype, rows), *captured(c, dtype, rows))] + attentions(c, dtype)
         cases.append(("gumbel", 0, 0, "float32", lambda: kernels.gumbel(1, 1, c.vocab, device)))
         for name, *_, call in cases:
             if not names or name.startswith(tuple(names)):

@@ -7,16 +7,40 @@ the other ops lie in the L2, as they do in a step, where the op before has just 
 import itertools
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.common import SHAPES
 from bench.gpu_lab import Cell, Lab
-from bench.kernels import linears, others
+from bench.kernels import Case, linears, others
 from bench.step import machine
 from specedge import kernels
+from specedge.config import ModelConfig
 
 SIZES = ((8192, 8192, 8192), (4096, 4096, 4096), (2048, 8192, 8192), (512, 8192, 8192), (256, 8192, 8192))  # rows, outputs, inputs
 COPY = 2**31  # values of two bytes: 4.3 GB
+
+
+def captured(c: ModelConfig, dtype: torch.dtype, rows: int) -> list[Case]:
+    """The ops that only captured steps use, as a CPU decides on the host: edits of 256 tokens a row, noise of as many positions as rows, and
+    acceptance of a whole chain with the commit of its K/V in all layers."""
+    logits, table, ids = torch.randn(rows, c.vocab), torch.empty(rows, c.vocab), torch.arange(rows, dtype=torch.int32)
+    edits = torch.stack((torch.arange(256), torch.ones(256), torch.zeros(256)), 1).int()
+    texts, penalties = torch.tensor([[0, 256, 0, 0]] * rows, dtype=torch.int32), torch.full((rows, 3), 1.1)
+    bias, none = torch.zeros(256), torch.zeros(1, dtype=torch.int32)
+    fills = torch.stack((torch.ones(rows), ids, ids), 1).long()
+    buffer = torch.zeros(c.layers, 2, rows, c.kv_heads, c.head_dim).to(dtype)
+    pages = torch.zeros(c.layers, 2, 8, c.kv_heads, 64, c.head_dim).to(dtype)
+    segments, pages_of = torch.tensor([[0, rows, 0, rows, 0, 0]], dtype=torch.int32), torch.arange(8, dtype=torch.int32)[None]
+    chain = b"".join(((2 << i) - 1).to_bytes(8 * -(-rows // 64), "little") for i in range(rows))
+    anc = torch.tensor(np.frombuffer(chain, "<i8").reshape(rows, -1).copy())
+    verify = torch.tensor([[0, 1, rows + 1, 0, 0]], dtype=torch.int32)
+    return [
+        (f"adjust x {rows}", 8 * rows * 256, 0, "float32", lambda: kernels.adjust(logits, texts, penalties, edits, bias, none)),
+        (f"fill_noise x {rows}", 4 * table.numel(), 0, "float32", lambda: kernels.fill_noise(table, fills)),
+        (f"accept x {rows}", 2 * buffer.numel() * dtype.itemsize, 0, "float32",
+         lambda: kernels.accept(buffer, pages, segments, pages_of, ids.long(), anc, ids.long() + 1, verify, none)),
+    ]  # fmt: skip
 
 
 def ceilings(lab: Lab) -> None:
@@ -54,9 +78,10 @@ def ops(lab: Lab) -> None:
     """Norms, rope, activation, commit, sampling at 1 to 512 rows, noise, and the linear layers of the model."""
     c = SHAPES["tiny" if lab.dry else "llama-3.1-8b"]
     cells: dict[str, Cell] = {}
+    dtype = torch.float32 if lab.dry else lab.dtype
     with lab.device:
         for rows in (1,) if lab.dry else (64, 16, 1, 256):
-            for name, moved, flops, _, call in others(c, torch.float32 if lab.dry else lab.dtype, rows):
+            for name, moved, flops, _, call in [*others(c, dtype, rows), *captured(c, dtype, rows)]:
                 cells[name] = lambda m=moved, f=flops, call=call: {"moved": m, "flops": f, "us": lab.us(call, 16)}  # type: ignore[misc]
         cells[f"gumbel {c.vocab}"] = lambda: {
             "moved": 4 * c.vocab, "flops": 0, "us": lab.us(lambda: kernels.gumbel(1, 1, c.vocab, lab.device), 16)

@@ -19,6 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from bench.cells import Record, breakdown, digest, figures, rounds
 from bench.claims import report
 from bench.common import SHAPES
@@ -113,7 +116,8 @@ class Bench:
         cores = (0, 1) if args.device == "cpu" else (None, None)
         kv = max(4096, (self.most + 1) * (PREFIX + args.tokens + 128))
         dtype = "float32" if args.pair == "narrow" else "bfloat16"
-        self.setup = Setup(DEMO / "target", DEMO / "draft", target, draft, args.device, dtype, self.most, kv, *cores)
+        own = disturbed(ROOT / "build" / f"draft-{args.draft_noise:g}", args.draft_noise) if args.draft_noise else DEMO / "draft"
+        self.setup = Setup(DEMO / "target", own, target, draft, args.device, dtype, self.most, kv, *cores)
         pin(self.setup.edge_core)  # the network, which lives in this process, is on the edges' side
         self.server = Role(ServerRole, self.setup)
         self.edges: list[Role] = []
@@ -237,6 +241,21 @@ class Bench:
         return records, self.server.ask("stop"), logs, wan.log
 
 
+def disturbed(folder: Path, noise: float) -> Path:
+    """A draft that was taught as well as those of the paper, which the shipped one was not: the target itself, every matrix of it disturbed by
+    `noise` times its deviation. What it costs is the widened shape's affair."""
+    torch.manual_seed(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = load_file(DEMO / "target" / "model.safetensors")
+    for name, t in tensors.items():
+        if t.dim() > 1:
+            tensors[name] = (t.float() + noise * t.float().std() * torch.randn(t.shape)).to(t.dtype)
+    save_file(tensors, folder / "model.safetensors")
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes((DEMO / "target" / name).read_bytes())
+    return folder
+
+
 SEARCHED, FINALISTS = 4, 4  # texts of the search, and what is run in earnest
 PYTHON = 2e-3  # seconds that it adds to a forward, for the search's first guess
 
@@ -337,6 +356,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--waves", type=int, help="texts that a session runs one after the other in a cell")
     p.add_argument("--repetitions", type=int)
     p.add_argument("--nodes", type=int, default=31, help="of the edges' trees at most")
+    p.add_argument("--draft-noise", type=float, default=0.0, metavar="S", help="draft with the target's own weights and noise of S deviations")
     p.add_argument("--baseline", type=int, nargs=2, metavar=("DEPTH", "SIZE"), help="of the co-located mode, not searched; depth 0: its own rule")
     p.add_argument("--no-claims", dest="claims", action="store_false", help="leave out the cells that single claims need")
     p.add_argument("--sweep", choices=SWEEPS)
@@ -364,7 +384,7 @@ def main() -> None:
     described = machine(1)
     described.pop("date")
     print(", ".join(f"{k} {v}" for k, v in described.items()))
-    fixed = ("device", "pair", "tokens", "waves", "nodes", "baseline", "server_price", "edge_price")
+    fixed = ("device", "pair", "draft_noise", "tokens", "waves", "nodes", "baseline", "server_price", "edge_price")
     results = Results(args.out, {**described, "prompts": max([*args.sessions, 2]), **{k: getattr(args, k) for k in fixed}})
     bench = Bench(args)
     try:
