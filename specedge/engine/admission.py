@@ -47,12 +47,13 @@ class Acceptance:
     hits: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(WIDTH)))
     tries: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(WIDTH)))
     rounds: int = 0
+    due: int = EXPLORE - 1  # the round from which on the next is there to learn, until one had nodes
     budget: int = MAX_NODES  # nodes worth offering in the next round
 
     @property
     def exploring(self) -> bool:
         """Whether the next round is there to learn."""
-        return self.new or self.rounds % EXPLORE == EXPLORE - 1
+        return self.new or self.rounds >= self.due
 
     @property
     def new(self) -> bool:
@@ -121,6 +122,8 @@ class Admission:
         hits = FAST * np.array([s.hits for s in sessions]) + hit
         tries = FAST * np.array([s.tries for s in sessions]) + tried
         for i, s in enumerate(sessions):
+            if admitted[i] and s.rounds >= s.due:  # an edge that streams has no nodes, and may hear no budget but that of every 32nd round
+                s.due = s.rounds + EXPLORE
             s.hits, s.tries, s.rounds = hits[i], tries[i], s.rounds + 1
         kept = SLOW ** len(sessions)
         self._hits, self._tries = kept * self._hits + hit.sum(0), kept * self._tries + tried.sum(0)

@@ -136,6 +136,25 @@ def test_exploring_is_rare_and_small() -> None:
     assert 1 <= tried <= 4 and s.tries.sum() < before + 4
 
 
+def test_a_session_that_streams_is_asked_for_nodes_in_the_end() -> None:
+    """An edge that is told 0 nodes leaves 32 tokens to the server, as many as lie between two rounds of exploring, and hears the last budget only."""
+    rng, a, s = np.random.default_rng(5), Admission(Known((0.03, 0.01, 1, 0.0))), Acceptance()
+    learn(a, [s], np.zeros(MAX_NODES), 200, rng)
+    while s.budget:
+        learn(a, [s], np.zeros(MAX_NODES), 1, rng)
+    tried = 0
+    for _ in range(20):
+        for _ in range(32):
+            a.learn([s], [0], [[]])
+            a.plan([s], 1, 0, 500)
+        if s.budget:
+            (n,) = a.choose([s], [s.budget], 1, 1, 0, 500)
+            tried += n
+            a.learn([s], [n], [list(range(1, n + 1))])
+            a.plan([s], 1, 0, 500)
+    assert tried >= 10 and s.budget > 0, "the draft has become a good one"
+
+
 def test_the_rhythm_of_the_server() -> None:
     a = Admission(CostModel())
     for _ in range(100):
