@@ -205,9 +205,11 @@ class Engine(TextEngine):
         """The first that waits and would run, those of batch last. One that begins with a page which is being computed right now lets others pass:
         soon it finds that page and need not compute it again."""
         size = self.pool.page_size
-        coming = {r.keys[r.computed // size] for r in self._running if self._waiting and r.computed // size < len(r.keys)}
+        started = [r for r in self._running if self._waiting and r.computed // size < len(r.keys)]
+        coming = {r.keys[r.computed // size] for r in started}
+        soon = {r.keys[r.computed // size] for r in started if not r.batch}  # batch may stand still
         wanting = sorted((s for s in self._waiting if s.wants_pages), key=lambda s: (s.batch, s.order))
-        return next((s for s in wanting if coming.isdisjoint(s.keys)), None)
+        return next((s for s in wanting if (coming if s.batch else soon).isdisjoint(s.keys)), None)
 
     def _reserve(self, s: Sequence, tokens: int, jobs: list[Job]) -> bool:
         """Pages for the first `tokens` of `s`, taken from the latest arrivals if need be, those of batch sequences first; False: `s` itself has to

@@ -71,6 +71,24 @@ def test_batch_takes_no_page_from_others(model: Path) -> None:
         run(e, lower)
 
 
+def test_nobody_waits_for_a_page_of_batch(model: Path) -> None:
+    """A prompt of batch stands still beside one who takes all cheap rows; whoever begins like it computes those pages without waiting."""
+    stem = list(range(40))
+    with engine(model, page_size=16) as e:
+        first = e.open([5, 6, 7], PARAMS)
+        e.run_until(first, first.limit)
+        e.step()
+        lower = e.open(stem, PARAMS, priority="batch")
+        e.step()
+        assert lower.table is not None and lower.computed == 0, "it was admitted, and has no rows"
+        upper = e.open([*stem, 1], PARAMS)
+        e.run_until(upper, upper.limit)
+        e.step()
+        assert upper.computed > 40
+        run(e, first, upper, lower)
+        check_empty(e)
+
+
 def test_another_priority_is_refused(model: Path) -> None:
     with engine(model) as e, pytest.raises(ValueError, match="priority is 'low', but must be interactive or batch"):
         e.open([1], PARAMS, priority="low")
