@@ -236,10 +236,10 @@ class Engine(TextEngine):
         self._waiting.insert(sum(w.order < s.order for w in self._waiting), s)
 
     def turns(self, now: float) -> list[Turn] | None:
-        """Who is ready for a step or expected soon, for a Pipeline; None if there is work for which nobody has to be waited: a prompt, or that of
-        batch sequences while no other is ready."""
+        """Who is ready for a step or expected soon, for a Pipeline; None if there is work for which nobody has to be waited: an interactive
+        prompt, or that of batch sequences while no other is ready."""
         running = [s for s in self._running if not s.held]
-        if self.guard.behind or any(s.pending > 1 for s in running) or self._admissible() is not None:
+        if self.guard.behind or any(s.pending > 1 and not s.batch for s in running) or self._admissible() is not None:
             return None
         found = [t for s in running if not s.batch and (t := s.turn(now)) is not None]
         return found if any(t.ready for t in found) else None

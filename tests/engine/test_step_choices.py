@@ -91,6 +91,21 @@ def test_turns_say_who_is_ready_and_who_is_expected(model: Path) -> None:
     assert [t.ready for t in e.turns(a.answered + 60) or []] == [True, True]
 
 
+def test_a_prompt_of_batch_does_not_end_turns(model: Path) -> None:
+    e = engine(model)
+    s = e.open(PROMPT, PARAMS)
+    e.offer(s, EMPTY)
+    e.step()
+    lower = e.open([1] * 20, PARAMS, priority="batch")
+    e.offer(s, EMPTY, at=s.answered + 0.01)
+    assert e.turns(s.answered) is None, "somebody is to be admitted"
+    e.step()
+    assert lower.pending == 20, "no row is free beside another"
+    assert e.turns(s.answered) is None, "but now nobody else is ready"
+    e.offer(s, EMPTY)
+    assert [t.ready for t in e.turns(s.answered) or []] == [True]
+
+
 def test_a_step_for_few(model: Path) -> None:
     e = engine(model)
     sequences = [e.open([i + 1, 2, 3], PARAMS) for i in range(5)]
