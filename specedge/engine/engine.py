@@ -45,7 +45,7 @@ class Engine(TextEngine):
         self._waiting: list[Sequence] = []  # not admitted yet
         self._running: list[Sequence] = []  # longest waiting first
         self._opened = 0  # sequences so far
-        self._stepped = (0.0, 0.0)  # when the last step began and ended; zeros: nobody has been here since
+        self._stepped = (0.0, 0.0)  # when the last step that counts for the rhythm began and ended; zeros: nobody has been here since
         self._everybody = Account()  # pays where nobody is named
         self._credit: dict[Hashable, int] = {}  # the scheduler's: rows that accounts are owed
         self._texts: dict[Sequence, Text] = {}
@@ -173,7 +173,7 @@ class Engine(TextEngine):
         context = sum(job.sequence.computed for job in jobs)
         found = self._verify(batch, jobs)
         verdicts = [v for job, f in zip(jobs, found, strict=True) if (v := self._extend(job, f)) is not None]
-        self._learn([job for job in jobs if job.grant.token], verdicts, batch.rows, context, begun)
+        self._learn(jobs, verdicts, batch.rows, context, begun)
         for v in verdicts:
             if v.sequence in self._texts:
                 text = self._texts[v.sequence]
@@ -260,12 +260,15 @@ class Engine(TextEngine):
         return wants
 
     def _learn(self, jobs: list[Job], verdicts: list[Verdict], rows: int, context: int, begun: float) -> None:
-        """Remember how long the step took and what was accepted. `jobs` are those that got the `verdicts`."""
+        """Remember how long the step took and what was accepted. A step for batch alone, while there are others, is part of the pause between theirs:
+        nobody of them has waited."""
         now, (before, ended) = time.monotonic(), self._stepped
         self.cost.observe(rows, context, now - begun)
-        if ended:
-            self.admission.paused(begun - ended, ended - before)
-        self._stepped = (begun, now) if self._running or self._waiting else (0.0, 0.0)
+        if not all(job.sequence.batch for job in jobs) or all(s.batch for s in self._running):
+            if ended:
+                self.admission.paused(begun - ended, ended - before)
+            self._stepped = (begun, now) if self._running or self._waiting else (0.0, 0.0)
+        jobs = [job for job in jobs if job.grant.token]  # those that got the verdicts
         for job, v in zip(jobs, verdicts, strict=True):
             job.sequence.answered = now
             job.sequence.rhythm.verified(v.verified, len(v.path) + len(v.tokens))

@@ -7,6 +7,7 @@ import pytest
 from specedge.config import SamplingParams
 from specedge.engine.engine import Engine
 from specedge.engine.request import Sequence
+from specedge.tree import EMPTY
 from tests.helpers import check_empty, engine, random_model
 
 PARAMS = SamplingParams(max_tokens=40)
@@ -87,6 +88,24 @@ def test_nobody_waits_for_a_page_of_batch(model: Path) -> None:
         assert upper.computed > 40
         run(e, first, upper, lower)
         check_empty(e)
+
+
+def test_batch_between_rounds_is_no_queue(model: Path) -> None:
+    """A server that fills the pauses of an edge with batch is not taken to be full, else it would refuse nodes that cost nobody time."""
+    with engine(model, admission=True) as e:
+        lower, upper = e.open([8, 9], SamplingParams(max_tokens=200), priority="batch"), e.open([7, 3, 9], PARAMS)
+        e.run_until(lower, lower.limit)
+        e.offer(upper, EMPTY)
+        while not upper.answered:
+            e.step()
+        e.admission._queued, before = 0.0, len(lower.tokens)
+        for _ in range(10):
+            for _ in range(4):
+                e.step()
+            e.offer(upper, EMPTY)
+            assert upper in [v.sequence for v in e.step()]
+        assert len(lower.tokens) >= before + 20
+        assert e.admission._queued < 0.3, "0.9 if steps of batch counted"
 
 
 def test_another_priority_is_refused(model: Path) -> None:
