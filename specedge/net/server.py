@@ -190,15 +190,15 @@ class Server:
             if self._drain is not None and not self._sessions.draining:
                 self._reply(wake, self._sessions.drain(time.monotonic(), self._drain))
             self._reply(wake, self._apply(wait))
-            self._sessions.settle(time.monotonic())
+            if (now := time.monotonic()) > expire_at:  # only now: what was said during a long step is no silence
+                self._sessions.expire(now)
+                expire_at = now + 1.0
+            self._sessions.settle(now)
             wait = IDLE
             if self._engine.busy:
                 wait, most = self._pace()
                 if wait <= 0:
                     self._reply(wake, self._step(most))
-            if (now := time.monotonic()) > expire_at:
-                self._sessions.expire(now)
-                expire_at = now + 1.0
         self._reply(wake, self._sessions.end("draining", "the server has shut down: connect to another one"))
         wake.close(linger=0)
 

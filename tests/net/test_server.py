@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeVar
 
 import pytest
@@ -31,6 +32,7 @@ from specedge.net.wire import (
     Error,
     GoAway,
     Hello,
+    Lease,
     Message,
     Open,
     Opened,
@@ -367,6 +369,37 @@ def test_a_flood_does_not_stop_the_steps(model: Path, monkeypatch: pytest.Monkey
         assert served < 20_000
     finally:
         flooded._context.destroy(linger=0)
+
+
+def test_what_is_said_during_a_long_step_is_no_silence(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of 40 s, the lease is 30 s and renewed in time: it is read before anybody lapses. The clock is the test's."""
+    slow, peer, sessions, now, looks = Server(engine(model)), Peer(b"peer"), list[int](), 100.0, 0
+
+    def monotonic() -> float:
+        nonlocal looks
+        looks += 1
+        if looks > 100:
+            slow._stopping.set()
+        return now
+
+    def step(self: Server, most: int) -> list[tuple[Peer, Message]]:
+        nonlocal now
+        sessions.append(len(self._sessions))
+        self._inbox.put((peer, Lease(X), now + 35))
+        now += 40
+        if len(sessions) == 3:
+            self._stopping.set()
+        return []
+
+    monkeypatch.setattr("specedge.net.server.time", SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(Server, "_step", step)
+    try:
+        for message in (Hello("raw", b""), Open(X, pack_ids(PROMPT), len(PROMPT), len(PROMPT), GREEDY, [], 12)):
+            slow._inbox.put((peer, message, now))
+        slow._serve()
+    finally:
+        slow._context.destroy(linger=0)
+    assert sessions == [1, 1, 1]
 
 
 def test_a_fault_in_a_step(oracle: Engine, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
