@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 SURVIVABLE = ("round", "base", "session")  # errors that leave their session as it was
 RETRY_FULL, RETRY_ROUND = 1000, 50  # milliseconds after which a place, or room for a round, may be free again
 MEMORY, REMEMBERED = 600.0, 4096  # for so many seconds, and so many of them, sessions that have lapsed are known
-PAUSE = 2.0  # seconds of silence, longer than between two rounds, after which a session makes room for those that wait
+PAUSE = 2.0  # seconds without a round, longer than between two, after which a session makes room for those that wait
 Key = tuple[str, bytes]  # (user, session)
 
 
@@ -65,6 +65,7 @@ class Remote:
     usage: Usage
     opened: wire.Open
     heard: float  # when it last said something
+    moved: float  # when it was opened, or last had a round or a verdict
     tokens: list[int]  # what has come of its known tokens
     round: int  # the last one that was taken
     sequence: request.Sequence | None = None  # in the engine, once all have
@@ -144,13 +145,13 @@ class Sessions:
 
     def expire(self, now: float) -> None:
         """Let lapse what has been silent for longer than its lease, forget peers that have nothing open, and take the pages of whoever pauses while
-        others wait for some, the longest silent first."""
+        others wait for some, the longest pause first; a lease that is renewed is no round."""
         for key in [k for k, r in self._table.items() if now - r.heard > self.lease and not r.flying]:
             self._lapse(key, now)
         busy = {r.peer for r in self._table.values()}
         for peer in [p for p, heard in self._peers.items() if p not in busy and now - heard > self.lease]:
             self.forget(peer, now)
-        pausing = sorted((r for r in self._table.values() if now - r.heard > PAUSE), key=lambda r: r.heard)
+        pausing = sorted((r for r in self._table.values() if now - r.moved > PAUSE), key=lambda r: r.moved)
         while pausing and self.engine.starved:
             if (s := pausing.pop(0).sequence) is not None:
                 self.engine.park(s)
@@ -236,7 +237,7 @@ class Sessions:
         if m.prompt_len + m.max_tokens > self.engine.runner.context:
             asked = f"{m.prompt_len} prompt tokens and max_tokens {m.max_tokens}"
             raise Refused("length", f"{asked} exceed this server's context of {self.engine.runner.context}: shorten one of them")
-        remote = Remote(peer, usage, m, now, [], m.round)
+        remote = Remote(peer, usage, m, now, now, [], m.round)
         self._drop(key)  # an earlier life of it
         self._admit(usage, remote)
         self._table[key] = remote
@@ -313,7 +314,7 @@ class Sessions:
         if r.usage.in_flight >= r.usage.quota.in_flight > 0:
             raise Full(f"{r.usage.in_flight} rounds of this account await their verdicts already", RETRY_ROUND)
         self._afford(r.usage)
-        r.round, r.taken = m.round, now
+        r.round, r.taken, r.moved = m.round, now, now
         if not s.finish:
             self.engine.run_until(s, min(m.run_until, s.limit))
         if m.base < len(s.tokens) or s.finish:
@@ -340,7 +341,7 @@ class Sessions:
         return wire.Verdict(r.opened.session, r.round, base, 0, wire.pack_ids(tokens), 0, wire.FINISH.index(finish), self._budget(r), 0, 0)
 
     def _verdict(self, r: Remote, v: request.Verdict, now: float, spent: float) -> wire.Verdict:
-        r.heard = now  # whoever is being served is not silent
+        r.heard = r.moved = now  # whoever is being served is not silent
         queue = max(0.0, now - r.taken - spent) if r.flying else 0.0
         message = wire.Verdict(
             r.opened.session, r.round, v.base, v.row, wire.pack_ids(list(v.tokens)), min(v.verified, 2**16 - 1),

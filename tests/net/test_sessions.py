@@ -805,8 +805,8 @@ def test_who_pauses_makes_room(models: tuple[Engine, Engine]) -> None:
     desk.now += PAUSE
     desk.sessions.expire(desk.now)
     assert not small.busy and small.starved, "it may be about to draft"
+    desk.now += 0.1
     desk.say(Lease(X))
-    desk.now += PAUSE + 0.1
     desk.sessions.expire(desk.now)
     desk.run()
     assert desk.texts[Y] == PROMPT + desk.ids()
