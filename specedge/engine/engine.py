@@ -250,7 +250,8 @@ class Engine(TextEngine):
         ready = [i for i in turns(wants, self._credit) if wants[i].token and wants[i].chain <= LEAST]  # else it is a prompt
         ready = [i for i in ready if not wants[i].batch][:most] or ready
         if self.runner.sizes.admission and any(wants[i].nodes for i in ready):
-            rows, prompts = sum(wants[i].chain for i in ready), sum(w.chain - 1 for w in wants if not w.token or w.chain > LEAST)
+            rows = sum(wants[i].chain for i in ready)
+            prompts = sum(w.chain - 1 for w in wants if not w.batch and (not w.token or w.chain > LEAST))
             chosen = self.admission.choose(
                 [running[i].acceptance for i in ready], [wants[i].nodes for i in ready], rows, len(ready),
                 sum(running[i].computed for i in ready), self.runner.sizes.max_rows - rows - min(prompts, CHUNK_BESIDE_TREES),

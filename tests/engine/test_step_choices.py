@@ -106,6 +106,18 @@ def test_a_prompt_of_batch_does_not_end_turns(model: Path) -> None:
     assert [t.ready for t in e.turns(s.answered) or []] == [True]
 
 
+def test_a_prompt_of_batch_takes_no_nodes_from_a_tree(model: Path) -> None:
+    e = engine(model, admission=True, max_rows=48)
+    e.cost = e.admission.cost = Known(FLAT)
+    s = e.open(PROMPT, PARAMS)
+    e.offer(s, EMPTY)
+    e.step()
+    lower = e.open([1] * 60, PARAMS, priority="batch")
+    e.offer(s, make_tree(list(range(40)), [0] * 40))
+    (v,) = e.step()
+    assert v.verified == 41 and lower.pending == 60
+
+
 def test_a_step_for_few(model: Path) -> None:
     e = engine(model)
     sequences = [e.open([i + 1, 2, 3], PARAMS) for i in range(5)]
