@@ -156,7 +156,9 @@ class Rounds:
     def _verdict(self, m: wire.Verdict, now: float) -> Step | None:
         known = len(self.tokens)
         if m.round == self.round:
-            self.heard, self._at = now, now + RESEND
+            self.heard = now
+            if m.base <= known:  # what comes behind a gap must not put off the repeat that closes it
+                self._at = now + RESEND
         if self.sent is None or m.round != self.round or m.base != known:
             return None  # of a round that is answered, or a gap, which the next repeat closes
         if not (m.row or m.tokens or m.finish):

@@ -217,6 +217,17 @@ def test_who_waits_for_a_place_waits_longer(opened: Rounds) -> None:
         opened.check_patience(told + PATIENCE + 1, "", told)
 
 
+def test_a_stream_that_goes_on_behind_a_gap_is_asked_for_what_is_missing() -> None:
+    r = begin()
+    r.connect("a", 0.0)
+    r.offer(EMPTY, 13, 0.0)
+    assert kinds(r, 0.0) == [Open, Draft]
+    assert r.take(verdict(r), 1.0) is not None
+    for i in range(6):
+        assert r.take(verdict(r, base=5 + i), 1.5 + i / 2) is None
+    assert r.speak(1.0 + RESEND, LEASE) == [Draft(r.id, 1, 4, b"", b"", 13)]
+
+
 def test_a_server_that_goes_down_is_asked_again_later(opened: Rounds) -> None:
     opened.take(Error(opened.id, "draining", "going down"), 1.0)
     assert kinds(opened, 1.9) == [] and kinds(opened, 3.0) == [Open, Draft]
