@@ -127,9 +127,9 @@ class Rounds:
             case wire.NeedPrefill() | wire.Gone() if self._asked:
                 self._asked, self._open, self._at = False, False, now
             case wire.Busy() if m.round in (0, self.round):
-                self.why, self._full = m.text, now
-                self._open = self._open and m.round > 0
+                self.why, self._open = m.text, self._open and m.round > 0
                 self._at = now + m.retry_ms / 1000 * random.uniform(1, 2)
+                self._full = max(now, self._at - PATIENCE / 2)  # whoever is told to come back in minutes will hear nothing until then
             case wire.Error() if m.round in (0, self.round):
                 self._error(m, now)
         return None

@@ -217,6 +217,16 @@ def test_who_waits_for_a_place_waits_longer(opened: Rounds) -> None:
         opened.check_patience(told + PATIENCE + 1, "", told)
 
 
+def test_who_is_told_to_come_back_in_minutes_does(opened: Rounds) -> None:
+    """As accounts are that have used up their rate."""
+    opened.take(Busy(opened.id, 200_000, "used up"), 1.0)
+    assert opened.next > 200
+    for now in (PATIENCE + 2, opened.next, opened.next + RESEND):
+        opened.check_patience(now, "", 0.0)
+    with pytest.raises(ServerError, match="used up$"):
+        opened.check_patience(opened.next + PATIENCE, "", 0.0)
+
+
 def test_a_stream_that_goes_on_behind_a_gap_is_asked_for_what_is_missing() -> None:
     r = begin()
     r.connect("a", 0.0)
