@@ -248,8 +248,8 @@ class Edge:
             self._door.recv(4096)
 
     def _grow(self) -> bool:
-        """One draft forward, if there is something to draft. A draft that fails is given up, and the server decodes alone: drafts are never in the
-        way of a text."""
+        """One draft forward, if there is something to draft; False: nothing has changed. A draft that fails is given up, and the server decodes
+        alone: drafts are never in the way of a text."""
         try:
             return self._drafter is not None and self._drafter.grow()
         except Exception:
@@ -257,7 +257,7 @@ class Edge:
             for text in self._texts.values():
                 text.session = None
             self._drafter = None
-            return False
+            return True  # texts that waited for their trees are the server's now: 10 s would pass before they say anything else
 
     def _take_commands(self) -> None:
         while True:

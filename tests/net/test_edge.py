@@ -699,14 +699,21 @@ def test_a_draft_that_fails_is_given_up(tmp_path: Path, monkeypatch: pytest.Monk
     path = random_model(tmp_path, 1, vocab_size=VOCAB)
     want = engine(path).generate([[1, 2, 3]], SamplingParams(max_tokens=30, seed=1))[0].token_ids
     draft, calls = drafter(path), iter(range(10**6))
-    grow = draft.grow
+    grow, rest, rests = draft.grow, Edge._rest, list[float]()
 
     def fail() -> bool:
+        rests.clear()
         if next(calls) == 6:
             raise RuntimeError("the draft is broken")
         return grow()
 
+    def watched(edge: Edge, seconds: float) -> None:
+        rests.append(seconds)
+        rest(edge, seconds)
+
     monkeypatch.setattr(draft, "grow", fail)
+    monkeypatch.setattr(Edge, "_rest", watched)
     with Server(engine(path)) as server, Edge(server.address, draft) as edge:
         for _ in range(2):
             assert edge.generate([[1, 2, 3]], SamplingParams(max_tokens=30, seed=1))[0].token_ids == want
+    assert rests[0] == 0.0, "nobody waits for a tree that will not come"
