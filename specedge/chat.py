@@ -25,7 +25,7 @@ class ChatTemplate:
     """The template of one model. `tokens`: what it may call bos_token, eos_token and so on."""
 
     def __init__(self, source: str, tokens: Mapping[str, str], where: str) -> None:
-        from jinja2 import TemplateError, nodes
+        from jinja2 import nodes
         from jinja2.ext import Extension, loopcontrols
         from jinja2.parser import Parser
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -45,7 +45,7 @@ class ChatTemplate:
         self._tokens, self._where = dict(tokens), where
         try:
             self._template = environment.from_string(source)
-        except TemplateError as e:
+        except Exception as e:  # not jinja's own alone: what is nested too deep is a RecursionError, or a SyntaxError of Python's
             raise ChatError(f"{where} is no chat template: {brief(e)}") from None
 
     @classmethod
@@ -58,7 +58,7 @@ class ChatTemplate:
             if isinstance(source, list):  # several, by name
                 source = {t["name"]: t["template"] for t in source}.get("default")
             tokens = {name: _content(fields[name]) for name in fields if name.endswith("_token") and fields[name] is not None}
-        except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as e:
             raise ChatError(f"the chat template of {path} cannot be read: {brief(e)}") from None
         if not isinstance(source, str):
             raise ChatError(f"{path} has no chat template: complete raw text with it, or name the tokenizer of a model that was trained to chat")

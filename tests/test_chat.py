@@ -95,6 +95,8 @@ def test_the_default_of_several(tmp_path: Path) -> None:
         ("{{ messages.append(1) }}", "cannot write these messages down"),  # it may not change what it is given
         ("{{ ''.__class__.__mro__ }}", "cannot write these messages down"),  # nor look behind it
         ("{% for m in %}", "is no chat template"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "is no chat template"),
+        ("{% for m in messages %}" * 30 + "{% endfor %}" * 30, "is no chat template"),  # Python takes 20
         ("{% include 'x' %}", "cannot write these messages down"),
         (None, "has no chat template"),
         (7, "has no chat template"),
@@ -111,7 +113,7 @@ def test_failures_are_sentences(tmp_path: Path, template: Any, why: str) -> None
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     at = directory(tmp_path, "x")
-    for content in (b"{", b"[]", b"\xff"):
+    for content in (b"{", b"[]", b"\xff", b"[" * 200_000):
         (at / "tokenizer_config.json").write_bytes(content)
         with pytest.raises(ChatError, match="cannot be read"):
             Tokenizer.from_dir(at).chat(TALK)
