@@ -56,7 +56,8 @@ def figures(waves: list[list[Record]], server: dict[str, Any], edges: list[dict[
     rounds, total = sum(s["rounds"] for s in spoken), sum(len(r["ids"]) for r in records)
     judged = sum(s["hits"] + s["misses"] for s in spoken)
     rate = tokens / length
-    guesses = [guessed for e in edges for _, _, guessed, _ in e["verdicts"]]
+    begun = min(r["started"] for r in records)  # before, there are texts that do not count
+    guesses = [guessed for e in edges for came, _, guessed, _ in e["verdicts"] if came > begun]
     late = [x for e in edges for x in e["late"]]
     dollars = (price[0] + price[1] * len(edges)) / 3600
     busy = [sum(overlap(b, e, spans) for b, e, _ in edge["grows"]) / length for edge in edges]

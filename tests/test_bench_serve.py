@@ -134,6 +134,7 @@ def logs() -> dict[str, Any]:
 
 def test_figures_are_those_of_the_log() -> None:
     log = logs()
+    log["edges"][0]["verdicts"].insert(0, (-1.0, True, True, 3))  # of a text that does not count
     assert windows(log["records"]) == [(pytest.approx(1.210), pytest.approx(2.910))]
     found = figures(log["records"], log["server"], log["edges"], (3.60, 0.36))
     assert found["tokens_per_s"] == pytest.approx(17 * 4 / 1.7) and found["bound_tokens_per_s"] == pytest.approx(40)
