@@ -211,7 +211,7 @@ def _text_arguments(g: argparse.ArgumentParser) -> None:
     drafting.add_argument("--draft", metavar="MODEL", help="directory or hub id of the draft model; it must share the server's tokenizer")
     drafting.add_argument("--no-draft", dest="draft", action="store_const", const="", help="draft nothing: the server decodes alone and streams")
     g.add_argument("--demo", action=SWITCH, default=False, help="use the small draft that comes with specedge")
-    g.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory of tokenizer.json (default: the draft's)")
+    g.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory of tokenizer.json and chat template (default: the draft's)")
     g.add_argument("--system", metavar="TEXT", help="in a chat: a first message that says how to answer")
     g.add_argument("--max-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (default: %(default)s)")
     g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: %(default)s)")
@@ -229,7 +229,7 @@ def _text_arguments(g: argparse.ArgumentParser) -> None:
     g.add_argument("--tree-size", type=int, default=31, metavar="N", help="nodes drafted per round at most (default: %(default)s)")
     g.add_argument("--depth", type=int, metavar="N", help="forwards a tree, all of its nodes sent (default: as measured times and odds say)")
     g.add_argument("--proactive", action=SWITCH, default=True, help="draft while a verdict is in flight")
-    g.add_argument("--autopilot", action=SWITCH, default=True, help="leave the text to the server while drafting does not pay")
+    g.add_argument("--autopilot", action=SWITCH, default=True, help="leave the text to the server while drafting does not pay; off with --depth")
     _device_arguments(g)
 
 
