@@ -112,14 +112,15 @@ def rounds(logs: dict[str, Any]) -> list[Round]:
     edge_of = {order: who[tuple(prompt)] for order, prompt in logs["server"]["prompts"].items() if tuple(prompt) in who}
     up = sorted((came, left) for came, left, upward, *_ in logs["wire"] if upward)
     down = sorted((came, left) for came, left, upward, *_ in logs["wire"] if not upward)
-    found = []
+    found, answered = list[Round](), set[tuple[int, float]]()
     for begun, ended, _rows, verdicts in logs["server"]["steps"]:
         for order, _base, _verified, tokens in verdicts:
             edge = logs["edges"][edge_of[order]]
             sent, nodes = max((s for s in edge["submits"] if s[0] < begun), default=(None, 0))
             taken = min((v for v in edge["verdicts"] if v[0] > ended), default=None)
-            if sent is None or taken is None:
+            if sent is None or taken is None or (edge_of[order], sent) in answered:  # the last: the server goes on alone, without a tree
                 continue
+            answered.add((edge_of[order], sent))
             arrived = min((left for came, left in up if came >= sent), default=begun)
             came = max((left for came, left in down if ended <= came and left <= taken[0]), default=taken[0])
             found.append(Round(edge_of[order], sent, min(arrived, begun), begun, ended, came, taken[0], nodes, tokens, taken[1]))

@@ -150,7 +150,10 @@ def test_figures_are_those_of_the_log() -> None:
 
 
 def test_a_round_is_found_again_in_the_log() -> None:
-    found = rounds(logs())
+    log = logs()
+    log["server"]["steps"].append((3.0, 3.1, 1, [(1, 136, 1, 1)]))  # without a tree: the server decodes alone
+    log["edges"][1]["verdicts"].append((3.11, False, False, 0))
+    found = rounds(log)
     assert len(found) == 20 and {r.edge for r in found} == {0, 1} and all(r.tokens == 4 and r.nodes == 7 for r in found)
     parts = breakdown(found)
     assert {k: round(v, 3) for k, v in parts.items()} == {
