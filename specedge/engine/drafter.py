@@ -187,6 +187,10 @@ class Drafter:
         forward = self.pace.draft.predict(min(self.config.width, sum(len(s.heap) for s in growing)), sum(len(s.tokens) for s in growing))
         return sum(map(self._gain, growing)) <= forward * sum(map(self._per_second, live))
 
+    def behind(self, session: Session) -> bool:
+        """Whether it takes more than one forward to read what the text has so far."""
+        return len(session.tokens) - session.computed > MAX_ROWS_PER_TREE and not session.exhausted
+
     def size(self, session: Session, most: int) -> int:
         """How many nodes, at most `most`, the next tree should have."""
         most = min(most, self.config.tree_size)
@@ -248,6 +252,7 @@ class Drafter:
         if session.submitted is None:
             if served is not None:
                 self.pace.verify.observe(served.rows, len(session.tokens), served.seconds)
+            session.since = None  # the next round does not begin where the last one with a tree has ended
             return
         if served is not None:
             session.others = served.others

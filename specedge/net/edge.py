@@ -35,6 +35,7 @@ from specedge.text import Tokenizer
 from specedge.tree import EMPTY
 
 log = logging.getLogger(__name__)
+READING = 4  # tokens that are left to the server at a time while a draft reads what has been written without it
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +48,7 @@ class Text:
     session: Session | None = None
     heard: float | None = None  # when the last verdict came
     streaming: bool = False  # it was one of this round, in which others follow
+    alone: bool = False  # this round is one of those that the server writes by itself
     placed: bool = False  # it has been told of to a server: before, it waits here for one of the places that there are
 
     @property
@@ -220,7 +222,7 @@ class Edge:
             for message, size in self._link.receive():
                 self._handle(message, size)
             for text in self._places():
-                if text.rounds.sent is None and (text.session is None or (self._drafter and self._drafter.ready(text.session))):
+                if text.rounds.sent is None and self._ready(text):
                     self._submit(text)
                 self._speak(text)  # only now: after a stall the verdict may have been waiting in the socket
             pause = self._drafter.pause() if self._drafter is not None else 60.0
@@ -295,6 +297,12 @@ class Edge:
             return FIRST
         return self._pilot.alone if self._pilot is not None else 0
 
+    def _ready(self, text: Text) -> bool:
+        """Whether the next round may begin: with a tree, or without, where nothing is drafted or the draft still has much to read."""
+        if text.session is None or self._drafter is None:
+            return True
+        return self._drafter.behind(text.session) or self._drafter.ready(text.session)
+
     def _submit(self, text: Text) -> None:
         """Begin the next round: the tree, or, where nothing is drafted, leave to decode alone."""
         tree, r, until = EMPTY, text.rounds, 0
@@ -305,11 +313,13 @@ class Edge:
             until = r.limit
         elif text.session.asleep:
             until = len(r.tokens) + max(1, self._alone(text))
+        elif self._drafter.behind(text.session):
+            until = len(r.tokens) + READING
         else:
             most = min(r.budget, SMALL) if self._pilot is not None and self._pilot.on_trial else r.budget
             tree = self._drafter.submit(text.session, self._drafter.size(text.session, most))
         r.offer(tree, until, time.monotonic())
-        text.streaming = False
+        text.streaming, text.alone = False, until > 0
 
     def _speak(self, text: Text) -> None:
         """Say what is due, and give up on a text that has not moved for too long."""
@@ -354,7 +364,7 @@ class Edge:
         s = replace(s, rounds=s.rounds + 1, drafted=s.drafted + len(step.tree), accepted=s.accepted + len(step.path))
         if text.session is not None and self._drafter is not None and not step.finish:
             hit = self._drafter.verdict(text.session, step.row, step.tokens, step.served)
-            if not text.session.asleep:
+            if not text.alone:
                 s = replace(s, hits=s.hits + hit, misses=s.misses + (not hit))
             self._learn(text, step)
         text.output.speculation = s
@@ -370,9 +380,9 @@ class Edge:
         text.heard = now
         if self._pilot is not None and step.served is not None:  # else it was caught up with after a loss
             seconds = None if before is None else now - before
-            if not text.session.asleep:
+            if not text.alone:
                 self._pilot.drafted(len(step.path) + len(step.tokens), seconds, step.served.seconds)
-            else:
+            elif text.session.asleep:  # else the draft reads, and verdicts wait for its forwards: these times say nothing
                 self._pilot.streamed(len(step.tokens), seconds if text.streaming else None)
                 text.streaming = True
         if text.rounds.sent is None:

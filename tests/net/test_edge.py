@@ -694,6 +694,22 @@ def test_a_slow_server_is_asked_again(server: Server, oracle: Engine, hasty: Non
     assert done.speculation.bytes_up > 4 * 512
 
 
+def test_nobody_waits_for_a_draft_that_reads_a_long_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server writes by itself meanwhile, and with the draft's help from then on."""
+    path, prompt, params = random_model(tmp_path, 1, vocab_size=VOCAB), [i % 97 for i in range(400)], SamplingParams(max_tokens=100, seed=1)
+    want = engine(path).generate([prompt], params)[0].token_ids
+    draft = drafter(path)
+    grow = draft.grow
+
+    def late() -> bool:
+        return any(len(s.tokens) > len(prompt) for s in draft._sessions) and grow()
+
+    monkeypatch.setattr(draft, "grow", late)
+    with Server(engine(path)) as server, Edge(server.address, draft) as edge:
+        (done,) = background(edge.generate, [prompt], params).result(PATIENCE)
+    assert done.token_ids == want and done.speculation.drafted > 0
+
+
 def test_a_draft_that_fails_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server decodes alone, and the text is the same."""
     path = random_model(tmp_path, 1, vocab_size=VOCAB)
