@@ -109,9 +109,9 @@ class Passes:
     @torch.inference_mode()
     def _capture(self) -> None:
         pool = torch.cuda.graph_pool_handle()
-        for bucket in self.buckets:
+        aside = torch.cuda.Stream(self._runner.device)  # type: ignore[no-untyped-call]
+        for bucket in self.buckets:  # one stream for all: cuBLAS keeps 32 MB of workspace for every stream that it has seen
             self._staging.send(self.layouts[bucket], {})
-            aside = torch.cuda.Stream(self._runner.device)  # type: ignore[no-untyped-call]
             aside.wait_stream(torch.cuda.current_stream(self._runner.device))
             with torch.cuda.stream(aside):  # compiles kernels, makes the libraries' handles
                 self._once(bucket)

@@ -43,11 +43,12 @@ class StandIn:
     def __init__(self, out_of_memory_after: int = 10**9) -> None:
         self.captured: list[Graph] = []
         self.events: list[Event] = []
+        self.streams = 0
         self._room = out_of_memory_after
         self.last: Any = None  # what ran last: a function and its results
-        stream = SimpleNamespace(wait_stream=lambda _: None)
+        self._side = stream = SimpleNamespace(wait_stream=lambda _: None)
         self.cuda = SimpleNamespace(
-            Event=self._event, CUDAGraph=Graph, graph=self.graph, graph_pool_handle=lambda: 1, Stream=lambda _: stream,
+            Event=self._event, CUDAGraph=Graph, graph=self.graph, graph_pool_handle=lambda: 1, Stream=self._made,
             current_stream=lambda _=None: stream, stream=self._stream,
         )  # fmt: skip
 
@@ -64,6 +65,10 @@ class StandIn:
     def _event(self) -> Event:
         self.events.append(Event())
         return self.events[-1]
+
+    def _made(self, _: Any) -> Any:
+        self.streams += 1
+        return self._side
 
     @contextmanager
     def _stream(self, _: Any) -> Any:

@@ -184,6 +184,7 @@ def test_steps_are_replays_of_captured_graphs(path: Path, monkeypatch: pytest.Mo
     e = on_a_gpu(monkeypatch, engine(path, max_rows=128, max_sequences=8), stand_in)
     graphs_of = e._verify._passes._graphs
     assert list(graphs_of) == sorted(graphs_of, reverse=True) and len(stand_in.captured) == len(graphs_of) > 3
+    assert stand_in.streams == 1  # each costs a workspace of the matrix library for good
     copies = stand_in.events[:2]
     before, steps = sum(c.recorded for c in copies), 0
     for prompt in prompts:
