@@ -54,8 +54,8 @@ def make_scorer(runner: Runner, ids: int, sequences: int, width: int, tau: float
     vocab, rows = runner.model.config.vocab, runner.sizes.max_rows
     if kernels.backend(runner.device) != kernels.CAPTURABLE:
         return Scorer(runner, Sampler(vocab, ids, runner.device), tau, best)
-    with memory_said(runner):
-        return CapturedScorer(runner, Sampler(vocab, ids, runner.device, rows), sequences, width, tau, best)
+    with memory_said(runner):  # a forward asks for the roots and for `width` rows; a table that grew would leave graphs that read the old one
+        return CapturedScorer(runner, Sampler(vocab, ids, runner.device, max(rows, sequences + width)), sequences, width, tau, best)
 
 
 def buckets_of(runner: Runner, sequences: int, least: int) -> list[Bucket]:

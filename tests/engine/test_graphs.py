@@ -156,6 +156,17 @@ def test_drafts_are_the_same_trees(path: Path, tmp_path: Path, ops: None) -> Non
     assert found[0] == found[1]
 
 
+def test_noise_of_the_largest_draft_fits_its_table(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that grows moves, and captured graphs would go on with what was its memory."""
+    monkeypatch.setattr(kernels, "backend", lambda _: kernels.CAPTURABLE)
+    scorer = graphs.make_scorer(runner(path, page_size=16, max_rows=4), 105, 3, 8, 1.0, 4)
+    assert isinstance(scorer, CapturedScorer)
+    noise = scorer._sampler.noise
+    table = noise.table
+    noise.assign([(seed, 7) for seed in range(3 + 8)])
+    assert noise.table is table
+
+
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, e: Any, stand_in: StandIn) -> Any:
     """`e` with captured steps, on a stand-in for a GPU."""
     once = Passes._once
