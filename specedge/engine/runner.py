@@ -33,8 +33,8 @@ class DeviceError(SpecedgeError):
 def choose(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype, int | None]:
     """Device, dtype and bits of integer weights by name; None: CUDA if there is one, else the CPU; bfloat16 on CUDA, float32 on a CPU."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise DeviceError(f"device {device!r} is unknown: use cpu or cuda")
+    if device not in ("cpu", "cuda"):  # of several GPUs the current one: Triton and csrc/cuda launch there, whatever tensors they are given
+        raise DeviceError(f"device {device!r} is unknown: use cpu or cuda, and CUDA_VISIBLE_DEVICES to choose among GPUs")
     if device != "cpu" and not torch.cuda.is_available():
         raise DeviceError("this machine offers no CUDA device to torch: use --device cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")

@@ -16,6 +16,9 @@ def test_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(DeviceError, match=name):
             choose("cpu", name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("cuda:1", "cuda:x", "mps"):
+        with pytest.raises(DeviceError, match=f"{name}.*use cpu or cuda, and CUDA_VISIBLE_DEVICES"):
+            choose(name, None)
     assert choose(None, None) == (torch.device("cuda"), torch.bfloat16, None)
     with pytest.raises(DeviceError, match="int8 weights are served on a CPU only: use --device cpu, or bfloat16"):
         choose(None, "int8")
