@@ -19,7 +19,7 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
 except ImportError as error:
     torch, why = None, error
 
@@ -37,11 +37,13 @@ def warn(reason: object) -> None:
 
 def cuda(path: Path) -> None:
     """Build the CUDA ops: code for sm_80, which sm_86 and sm_89 run, and for sm_90, which later ones translate."""
-    if shutil.which("nvcc") is None:
-        return warn("nvcc is not on the PATH, so sampling on a GPU runs in torch")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(CUDA_HOME or "/usr/local/cuda") / "bin"))
+    if nvcc is None:
+        return warn("nvcc is neither on the PATH nor in CUDA_HOME, so sampling on a GPU runs in torch")
     targets = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
     try:
-        command = ["nvcc", "-std=c++20", "-O3", "-shared", "-Xcompiler=-fPIC", *targets, *sorted(glob.glob("csrc/cuda/*.cu")), "-o", str(path)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = [nvcc, "-std=c++20", "-O3", "-shared", "-Xcompiler=-fPIC", *targets, *sorted(glob.glob("csrc/cuda/*.cu")), "-o", str(path)]
         subprocess.run(command, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         warn(error)
@@ -57,13 +59,13 @@ def ops() -> dict[str, Any]:
         """Builds what it can."""
 
         def run(self) -> None:
+            if torch.version.cuda is not None:  # first: a build that is cut short on a machine with a GPU should have what the GPU needs
+                cuda(Path("." if self.inplace else self.build_lib) / "specedge" / "_C_cuda.so")
             try:
                 super().run()
             except Exception as error:
                 self.extensions.clear()  # nobody shall look for what is not there
                 warn(error)
-            if torch.version.cuda is not None:
-                cuda(Path("." if self.inplace else self.build_lib) / "specedge" / "_C_cuda.so")
 
     tiles = "ATEN_CPU_CAPABILITY" not in os.environ and torch.cpu._init_amx()  # as in specedge/kernels/__init__.py
     isa, march = LEVELS.get("AMX" if tiles else torch.backends.cpu.get_cpu_capability(), ("scalar", []))
