@@ -1,28 +1,36 @@
 """Forward passes of whole models of random weights on a GPU, beside their floor and beside transformers; and a profile of one, kernel by kernel.
 
-Two times: `us`, the pass alone in a CUDA graph that is captured here, which is what kernels cost; `run_us`, `Runner.run` as the engine calls it,
-host work and all, by the clock. transformers is timed by the clock too. Weights pass through the L2 anew in every pass, so nothing is rotated.
+Two times: `us`, the pass alone in a CUDA graph that is captured here, which is what kernels cost; `run_us`, by the clock, host work and all: of
+`Runner.run`, which is not captured; of whole steps as graphs.py replays them, in the cells named "step"; of transformers. Weights pass through the
+L2 anew in every pass, so nothing is rotated.
 The cases and the floor are those of bench/step.py.
 """
 
 import gc
+import itertools
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.autograd import DeviceType
 
 from bench.column import Case
 from bench.common import SHAPES, median_ms, random_runner
 from bench.gpu_lab import Cell, Lab
 from bench.step import case_batch, work
-from specedge.config import EngineConfig, ModelConfig
+from specedge import kernels
+from specedge.config import EngineConfig, ModelConfig, SamplingParams
 from specedge.engine.batch import StepBatch
+from specedge.engine.buckets import least_bucket
+from specedge.engine.graphs import LEAST, Passes, buckets_of
 from specedge.engine.runner import Runner
+from specedge.engine.sampler import Ask, Draw, Sampler
 
 BIG: list[Case] = [("decode", 1, 1, 1024), ("verify", 1, 32, 1024), ("verify", 1, 64, 1024), ("verify", 4, 16, 1024), ("decode", 16, 1, 1024)]
 BIG += [("verify", 16, 32, 1024), ("verify", 1, 16, 1024), ("decode", 4, 1, 1024), ("verify", 16, 16, 1024), ("verify", 16, 64, 1024)]
@@ -66,6 +74,46 @@ def one(lab: Lab, runner: Runner, case: Case) -> dict[str, Any]:
     us = lab.us(lambda: runner.model.forward(batch, runner.rows, runner.pages), 1, 0.2)
     run_us = 1e3 * median_ms(lambda: runner.run(case_batch(runner, case)), 0 if lab.dry else 0.15, 2)
     return {"case": case, "moved": moved, "flops": flops, "us": us, "run_us": run_us}
+
+
+def replayed(runner: Runner, case: Case, width: int | None) -> Callable[[], object]:
+    """A step of graphs.py in the bucket of `case`: arrays, one copy, a replay from tokens to verdicts, the wait. `width`: of a draft, to children."""
+    kind, sequences, rows, context = case
+    vocab, prompt = runner.model.config.vocab, kind == "prompt"
+    sampler, seeds = Sampler(vocab, vocab, runner.device, sequences * rows), itertools.count()
+    text = [1] * (context + (rows if prompt else 1))
+    paths = [[1] * ((i + 1) // 2) for i in range(1 if prompt else rows)]  # of case_batch's trees
+    verify = [(s * len(paths), rows if prompt else 1, 1000, 0, 0) for s in range(sequences)]
+    more = {"verify": np.array(verify, np.int32), "stops": np.zeros(0, np.int32)}
+    bucket = least_bucket(buckets_of(runner, runner.sizes.max_sequences, width or LEAST), case_batch(runner, case).shape)
+    assert bucket is not None
+
+    def program(batch: StepBatch, draw: Draw, verify: Tensor, stops: Tensor) -> tuple[Tensor, ...]:
+        r = runner
+        logits = r.model.forward(batch, r.rows, r.pages)
+        if width:
+            return sampler.score(logits, draw, 1.0, 8)
+        sampled = sampler.sample(logits, draw)
+        return (kernels.accept(r.rows, r.pages, batch.segments, batch.page_table, batch.tokens, batch.anc, sampled, verify, stops),)
+
+    passes = Passes(runner, [bucket], program)
+
+    def step() -> object:  # with noise of its own, as every step
+        asks = [Ask(SamplingParams(0.8, seed=next(seeds), top_p=0.9), text, len(text), frozenset(), paths) for _ in range(sequences)]
+        return passes.fetch(passes.run(bucket, case_batch(runner, case).arrays() | sampler.arrays(asks, bool(width)) | more))
+
+    return step
+
+
+def whole(lab: Lab, runner: Runner, case: Case, width: int | None) -> dict[str, Any]:
+    """A captured step by the clock."""
+    if not lab.dry and kernels.backend(lab.device) != kernels.CAPTURABLE:
+        raise ValueError("without the CUDA library no step is captured")
+    try:
+        return {"case": case, "run_us": 1e3 * median_ms(replayed(runner, case, width), 0 if lab.dry else 0.15, 2)}
+    finally:
+        if not lab.dry:
+            torch.cuda.set_stream(torch.cuda.default_stream())  # a capture that fails may stay on its own
 
 
 def kernels_of(events: Iterable[Any], dry: bool) -> tuple[dict[str, list[float]], float, float]:
@@ -156,6 +204,8 @@ def steps(lab: Lab, quick: bool) -> None:
 
         cells: dict[str, Cell] = {f"{name} {name_of(case)}": lambda case=case: one(lab, runner(), case) for case in todo}  # type: ignore[misc]
         lab.each("step", cells)
+        width = 8 if cases is DRAFT else None
+        lab.each("step", {f"{name} step {name_of(case)}": lambda case=case, w=width: whole(lab, runner(), case, w) for case in todo[:5]})  # type: ignore[misc]
         if name == PLAN[0][0]:
             both = {"captured": True, "as run": False}
             lab.each("profile", {how: lambda captured=captured: profile(lab, runner(), captured) for how, captured in both.items()})  # type: ignore[misc]

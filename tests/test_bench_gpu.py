@@ -31,6 +31,7 @@ def test_a_dry_run_measures_everything(tmp_path: Path, monkeypatch: pytest.Monke
     assert status == 0, (capsys.readouterr().out, gpu_report.missing(log), (tmp_path / "out" / "gpu.log").read_text())
     for section in gpu.SHARES:
         assert log.results(section) and not log.lost(section), section
+    assert {f"{name} step decode 1 x 1 @ 64" for name in ("llama-3.1-8b", "qwen3-0.6b", "qwen3-14b")} <= log.results("step").keys()
     peers = {name: us for r in log.results("attention").values() for name, us in r["peers_us"].items()}
     assert set(peers) == {"torch sdpa", *(f"flashinfer {f}" for f in ("one call", "decode", "two parts fa2", "two parts fa3"))}
     assert all(isinstance(us, float) for us in peers.values()), peers
