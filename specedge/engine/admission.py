@@ -32,7 +32,7 @@ CLASS = np.repeat(np.arange(len(WIDTH)), WIDTH)  # [MAX_NODES] of rank i + 1
 GUESS = 0.7 / np.sqrt(np.array(EDGES[:-1]) * (np.array(EDGES[1:]) - 1.0)) ** 0.8  # [C] before anything was seen: 3.8 tokens of 31 nodes
 TRIED = np.array([np.bincount(CLASS[:n], minlength=len(WIDTH)) for n in range(MAX_NODES + 1)], float)  # [n, C] nodes that a tree of n tries
 PRIOR, OWN = 4.0, 3.0  # nodes that the guess, and the survival over all sessions, weigh
-SLOW, FAST = 0.999, 0.98  # what is left of the memory of all sessions, of one, after a round
+SLOW, FAST = 0.999, 0.98  # what is left of the memory of all sessions, of one, after a round; with nodes, for the former
 EXPLORE = 32  # every so many rounds, and after 1, 2, 4, 8 and 16, a session may have twice as many nodes and one more, but
 FEW = 7  # so many in those first ones: else ranks that are refused could never be learned, nor that a new draft is better than those before
 STEADY = 0.05  # weight of the latest in running means
@@ -125,7 +125,7 @@ class Admission:
             if admitted[i] and s.rounds >= s.due:  # an edge that streams has no nodes, and may hear no budget but that of every 32nd round
                 s.due = s.rounds + EXPLORE
             s.hits, s.tries, s.rounds = hits[i], tries[i], s.rounds + 1
-        kept = SLOW ** len(sessions)
+        kept = SLOW ** sum(n > 0 for n in admitted)  # else those who decode alone would wipe out what drafts have taught
         self._hits, self._tries = kept * self._hits + hit.sum(0), kept * self._tries + tried.sum(0)
 
     def plan(self, sessions: Sequence[Acceptance], answers: int, context: int, limit: int) -> None:

@@ -105,6 +105,15 @@ def test_new_sessions_know_what_all_have_learned() -> None:
     assert fresh[0] < 0.05 < GUESS[0]
 
 
+def test_who_decodes_alone_makes_nobody_forget() -> None:
+    a = Admission(Known(CPU))
+    learn(a, [Acceptance() for _ in range(4)], np.full(MAX_NODES, 0.02), 200, np.random.default_rng(1))
+    before, plain = a.curves([Acceptance()]), [Acceptance() for _ in range(50)]
+    for _ in range(100):
+        a.learn(plain, [0] * 50, [[]] * 50)
+    assert (a.curves([Acceptance()]) == before).all()
+
+
 def test_a_session_differs_from_the_others() -> None:
     rng, a = np.random.default_rng(2), Admission(Known(GPU))
     good, bad = Acceptance(), Acceptance()
