@@ -45,6 +45,7 @@ class Engine(TextEngine):
         self._waiting: list[Sequence] = []  # not admitted yet
         self._running: list[Sequence] = []  # longest waiting first
         self._opened = 0  # sequences so far
+        self._waited = True  # for the last step, when it ended
         self._stepped = (0.0, 0.0)  # when the last step that counts for the rhythm began and ended; zeros: nobody has been here since
         self._everybody = Account()  # pays where nobody is named
         self._credit: dict[Hashable, int] = {}  # the scheduler's: rows that accounts are owed
@@ -264,7 +265,10 @@ class Engine(TextEngine):
         """Remember how long the step took and what was accepted. A step for batch alone, while there are others, is part of the pause between theirs:
         nobody of them has waited."""
         now, (before, ended) = time.monotonic(), self._stepped
-        self.cost.observe(rows, context, now - begun)
+        waited = any(job.grant.token for job in jobs) or self._verify.waits
+        if waited and self._waited:  # else a device is still at this step, or was at the one before
+            self.cost.observe(rows, context, now - begun)
+        self._waited = waited
         if not all(job.sequence.batch for job in jobs) or all(s.batch for s in self._running):
             if ended:
                 self.admission.paused(begun - ended, ended - before)

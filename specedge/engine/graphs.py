@@ -151,6 +151,8 @@ class Passes:
 class CapturedVerifier:
     """As Verifier, without a round trip to the host between logits and commit."""
 
+    waits = False
+
     def __init__(self, runner: Runner, sampler: Sampler) -> None:
         self._runner, self._sampler, self._uncaptured = runner, sampler, Verifier(runner, sampler)
         self._passes = Passes(runner, buckets_of(runner, runner.sizes.max_sequences, LEAST), self._program)

@@ -50,6 +50,8 @@ class Found(NamedTuple):
 class Verifier:
     """Verifies the jobs of a batch."""
 
+    waits = True  # for a step in which nobody wants a token, too
+
     def __init__(self, runner: Runner, sampler: Sampler) -> None:
         self._runner, self._sampler = runner, sampler
 

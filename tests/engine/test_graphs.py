@@ -198,14 +198,22 @@ def test_steps_are_replays_of_captured_graphs(path: Path, monkeypatch: pytest.Mo
     assert stand_in.streams == 1  # each costs a workspace of the matrix library for good
     copies = stand_in.events[:2]
     before, steps = sum(c.recorded for c in copies), 0
-    for prompt in prompts:
-        e.run_until(e.open(prompt, params), len(prompt) + 8)
+    e.run_until(e.open(prompts[0], params), len(prompts[0]) + 8)
     found: dict[int, list[int]] = {}
+    timed, waited = list[tuple[Any, ...]](), True
+    monkeypatch.setattr(e.cost, "observe", lambda *step: timed.append(step))
     while e.busy:
+        known = len(timed)
         waits, verdicts, steps = len(stand_in.events), e.step(), steps + 1
+        assert len(timed) - known == (bool(verdicts) and waited)  # a step that was not waited for has no time, nor has the next
+        waited = bool(verdicts)
         assert len(stand_in.events) - waits == bool(verdicts) and all(event.waited for event in stand_in.events[waits:])
         for v in verdicts:
             found.setdefault(v.sequence.order, []).extend([*v.path, *v.tokens])
+        if steps == 1:  # which was a chunk alone
+            assert not verdicts
+            e.run_until(e.open(prompts[1], params), len(prompts[1]) + 8)
+    assert 0 < len(timed) <= steps - 2
     assert list(found.values()) in (want, want[::-1]) and sorted(map(tuple, found.values())) == sorted(map(tuple, want))
     assert sum(c.recorded for c in copies) - before == steps == sum(g.replays for g in stand_in.captured)
     assert abs(copies[0].recorded - copies[1].recorded) <= 1 and min(c.waited for c in copies) > 0
