@@ -17,7 +17,7 @@ from typing import Any
 from bench.gpu_log import Log
 
 ROOT = Path(__file__).parents[1]
-TOOLS = {"memcheck": [], "racecheck": ["sample", "truncate", "gumbel", "adjust", "accept", "fill_noise"]}  # and the ops that each watches; []: all
+TOOLS = {"memcheck": [], "racecheck": ["sample", "truncate", "gumbel", "adjust", "accept"]}  # and the ops that each watches; []: all
 
 
 def start(command: list[str], output: Path) -> subprocess.Popen[bytes]:

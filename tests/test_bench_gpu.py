@@ -36,6 +36,8 @@ def test_a_dry_run_measures_everything(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(peers) == {"torch sdpa", *(f"flashinfer {f}" for f in ("one call", "decode", "two parts fa2", "two parts fa3"))}
     assert all(isinstance(us, float) for us in peers.values()), peers
     assert gpu_report.missing(log) == []
+    watched = (tmp_path / "out" / "gpu-sanitizer.log").read_text().splitlines()
+    assert all(any(line.startswith(op) for line in watched) for op in gpu_checks.TOOLS["racecheck"]), watched
     text = (tmp_path / "out" / "gpu.md").read_text()
     assert "dry run" in text and all(f"## {part}" in text for part in ("Targets", "Attention", "Steps", "Profile", "Ops", "Checks"))
 
