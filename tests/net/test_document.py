@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec.msgpack as msgpack  # an encoder and a decoder of plain values: any other library would do
 import zmq
 
-from tests.net.test_server import PROMPT, Engine, Server, model, oracle, server  # noqa: F401  fixtures: the other side
+from tests.net.test_server import PROMPT, Engine, Server, server  # noqa: F401  a fixture: the other side
 
 HELLO, WELCOME, OPEN, OPENED, DRAFT, VERDICT, CLOSE = 1, 2, 3, 5, 6, 7, 9
 
