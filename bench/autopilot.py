@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from safetensors.torch import load_file, save_file
 
-import specedge
+from bench.common import rewrite
+from specedge.cli import DEMO
 from specedge.config import DraftConfig, EngineConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.drafter import Drafter
@@ -27,7 +27,6 @@ from specedge.net.edge import Edge
 from specedge.net.server import Server
 from specedge.text import Tokenizer
 
-DEMO = Path(specedge.__file__).parent / "demo"
 PROMPTS = ["def fibonacci(n):", "import os\n\n\nclass Reader:\n    def __init__(self, path):\n", "    for i in range(", "try:\n    import json\n"]
 
 
@@ -50,16 +49,6 @@ def paced(path: Path, sizes: EngineConfig, rows: int, base: float, row: float) -
     return runner
 
 
-def noise(folder: Path) -> Path:
-    """A model of the shipped draft's shape that knows nothing."""
-    torch.manual_seed(1)
-    tensors = {name: torch.randn_like(t) * t.float().std().to(t.dtype) for name, t in load_file(DEMO / "draft" / "model.safetensors").items()}
-    save_file(tensors, folder / "model.safetensors")
-    for name in ("config.json", "tokenizer.json"):
-        (folder / name).write_bytes((DEMO / "draft" / name).read_bytes())
-    return folder
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     for name, kind, value in (
@@ -74,7 +63,8 @@ def main() -> None:
     target = Engine(paced(DEMO / "target", sizes, 256, args.step_ms / 1e3, args.row_ms / 1e3), tokenizer, (0,))
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(args.texts)]
     with tempfile.TemporaryDirectory() as folder, Server(target) as server:
-        drafts = {"shipped": (DEMO / "draft", 0.0), "noise": (noise(Path(folder)), 0.0), "slow": (DEMO / "draft", args.slow_ms / 1e3)}
+        noise = rewrite(DEMO / "draft", Path(folder), lambda t: torch.randn_like(t) * t.float().std().to(t.dtype))  # it knows nothing
+        drafts = {"shipped": (DEMO / "draft", 0.0), "noise": (noise, 0.0), "slow": (DEMO / "draft", args.slow_ms / 1e3)}
 
         def run(name: str, autopilot: bool) -> tuple[float, list[list[int]], int]:
             """Tokens per second, the ids, and rounds."""

@@ -7,9 +7,11 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from specedge.config import EngineConfig, ModelConfig
 from specedge.engine.model import Decoder
@@ -26,6 +28,16 @@ SHAPES = {
     "llama-3.1-8b": ModelConfig(4096, 32, 32, 8, 128, 14336, 128256, 1e-5, 5e5, 131072, False),
     "qwen3-14b": ModelConfig(5120, 40, 40, 8, 128, 17408, 151936, 1e-6, 1e6, 40960, False, qk_norm=True),
 }
+
+
+def rewrite(source: Path, folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """The model in `source` with every tensor changed, in `folder`; the same every time."""
+    torch.manual_seed(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: change(t) for name, t in load_file(source / "model.safetensors").items()}, folder / "model.safetensors")
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    return folder
 
 
 def median_ms(run: Callable[[], object], seconds: float = 2.0, least: int = 5) -> float:

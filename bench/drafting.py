@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import specedge
+from specedge.cli import DEMO
 from specedge.config import DraftConfig, EngineConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.drafter import Drafter, Session
@@ -23,7 +24,6 @@ from specedge.engine.engine import Engine
 from specedge.engine.pace import Served
 from specedge.engine.runner import Runner
 
-DEMO = Path(specedge.__file__).parent / "demo"
 TEMPERATURES, NODES = (0.0, 0.7, 1.0), (7, 15, 31)
 PREFIX = 96
 

@@ -20,20 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from bench.cells import Record, breakdown, digest, figures, rounds
 from bench.claims import report
-from bench.common import SHAPES
+from bench.common import SHAPES, rewrite
 from bench.logged import seconds
 from bench.roles import EdgeRole, Role, ServerRole, Setup, pin
 from bench.step import machine
 from bench.timeline import draw, perfetto
 from bench.wan import Network, Wan
+from specedge.cli import DEMO
 from specedge.config import DraftConfig, EngineConfig, ModelConfig, SamplingParams
 
 ROOT = Path(__file__).parents[1]
-DEMO = ROOT / "specedge" / "demo"
 BUSY = 0.70  # of the edges' core: above it they are no machines of their own any more
 FOREIGN = 0.10  # of the server's core, taken by others: above it the server is slower than it was
 PREFIX = 96  # tokens of a prompt
@@ -244,16 +243,7 @@ class Bench:
 def disturbed(folder: Path, noise: float) -> Path:
     """A draft that was taught as well as those of the paper, which the shipped one was not: the target itself, every matrix of it disturbed by
     `noise` times its deviation. What it costs is the widened shape's affair."""
-    torch.manual_seed(1)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = load_file(DEMO / "target" / "model.safetensors")
-    for name, t in tensors.items():
-        if t.dim() > 1:
-            tensors[name] = (t.float() + noise * t.float().std() * torch.randn(t.shape)).to(t.dtype)
-    save_file(tensors, folder / "model.safetensors")
-    for name in ("config.json", "tokenizer.json"):
-        (folder / name).write_bytes((DEMO / "target" / name).read_bytes())
-    return folder
+    return rewrite(DEMO / "target", folder, lambda t: (t.float() + noise * t.float().std() * torch.randn(t.shape)).to(t.dtype) if t.dim() > 1 else t)
 
 
 SEARCHED, FINALISTS = 4, 4  # texts of the search, and what is run in earnest

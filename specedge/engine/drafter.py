@@ -309,8 +309,8 @@ class Drafter:
         asks = [Ask(s.params, s.tokens, s.prompt_len, s.stop, [_path(n) for n in nodes]) for s, nodes in grown]
         children = self._score(batch, asks)
         for session, length in chains:
-            rows_ = list(range(session.base, session.base + length))
-            self.runner.commit(rows_, *session.table.locate(session.computed, session.computed + length))
+            read = list(range(session.base, session.base + length))
+            self.runner.commit(read, *session.table.locate(session.computed, session.computed + length))
             session.computed += length
             session.table.fill(session.tokens, session.computed)
         if grown:
