@@ -48,12 +48,16 @@ class Text:
     session: Session | None = None
     heard: float | None = None  # when the last verdict came
     streaming: bool = False  # it was one of this round, in which others follow
-    alone: bool = False  # this round is one of those that the server writes by itself
     placed: bool = False  # it has been told of to a server: before, it waits here for one of the places that there are
 
     @property
     def id(self) -> bytes:
         return self.rounds.id
+
+    @property
+    def alone(self) -> bool:
+        """Whether this round is one of those that the server writes by itself."""
+        return self.rounds.until > 0
 
 
 class Edge:
@@ -319,7 +323,7 @@ class Edge:
             most = min(r.budget, SMALL) if self._pilot is not None and self._pilot.on_trial else r.budget
             tree = self._drafter.submit(text.session, self._drafter.size(text.session, most))
         r.offer(tree, until, time.monotonic())
-        text.streaming, text.alone = False, until > 0
+        text.streaming = False
 
     def _speak(self, text: Text) -> None:
         """Say what is due, and give up on a text that has not moved for too long."""
