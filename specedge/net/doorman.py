@@ -1,18 +1,21 @@
-"""Doorman: what bounds the connections of a ROUTER, what each of them may send in one piece, and how often it may ask to no purpose.
+"""Doorman: what bounds the connections of a ROUTER, what each of them may send in one piece, and how often somebody may ask to no purpose.
 
 ZeroMQ accepts everybody for as long as there are descriptors, and puts a message of many frames together before anybody sees its first. What it
 does tell is the descriptor of every connection that comes and goes, and of every message: so a connection can be shut down from here, and for ZeroMQ
-its peer hung up. A connection is a stranger until its WELCOME goes out. Knows nothing of messages, keys or sessions. Linux alone says how much a
-connection has received; elsewhere that is not bounded. Invariant: nothing is shut down but the very connection that was accepted.
+its peer hung up; or deafened: the system takes nothing more from it, so that what it sends costs nobody anything, until it is heard again and sends
+that once more, as TCP does. A connection is a stranger until its WELCOME goes out. Knows nothing of messages, keys or sessions. Linux alone says how
+much a connection has received, and can deafen one; elsewhere the former is not bounded, and a flood is received to be dropped. Invariant: nothing is
+shut down or deafened but the very connection that was accepted.
 """
 
 import ctypes
+import math
 import resource
 import socket
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,8 +27,12 @@ SPARE = 128  # descriptors that are not for connections
 PIECE = 16_000_000  # bytes without a message: four times what may wait in ZeroMQ and in the system while nobody reads
 TURN = 0.1  # seconds between two looks: at who came and went (in heaps: one by one they would wake the thread), and at how much has come
 INFO, RECEIVED = 136, 128  # size of struct tcp_info up to the field tcpi_bytes_received, and where that begins
-RATE, SAVED = 100.0, 1000.0  # idle questions that a connection may ask per second, and may save up
-MUTE = 1.0  # seconds for which it is not heard when it has asked more
+RATE, SAVED = 100.0, 1000.0  # frames to no purpose that an account may send per second, and may save up
+MUTE = 1.0  # seconds for which it is not heard when it has sent more
+FAREWELL = 1.0  # seconds in which a connection that is to end may read why
+ATTACH, DETACH = 26, 27  # SO_ATTACH_FILTER, SO_DETACH_FILTER
+DROP = ctypes.create_string_buffer(struct.pack("=HBBI", 6, 0, 0, 0))  # a filter of one instruction: let 0 bytes of every packet through
+LINUX = sys.platform.startswith("linux")
 T = TypeVar("T")
 
 
@@ -34,10 +41,19 @@ class Guest:
     """A connection. `received`: its bytes when it last brought a message."""
 
     name: tuple[object, ...]  # the peer's address and port
+    account: object = None  # whose it is, once it has spoken
     received: int = 0
     spoke: bool = False  # since the last look
-    asked: float = 0.0  # idle questions, less RATE per second since
-    at: float = 0.0  # when the last was
+    deaf: float = 0.0  # until when nothing is taken from it; 0: it is heard
+    ends: float = math.inf  # when it is shut down
+
+
+@dataclass(slots=True, eq=False)
+class Allowance:
+    """What an account may still ask to no purpose."""
+
+    asked: float = 0.0  # frames, less RATE per second since
+    at: float = 0.0  # when the last came
     muted: float = 0.0  # until when it is not heard
 
 
@@ -55,34 +71,44 @@ class Doorman:
         self._strangers: dict[int, object] = {}  # their addresses; the oldest first
         self._of: Counter[object] = Counter()  # strangers of an address
         self._routes: dict[bytes, int] = {}
+        self._allowances: dict[object, Allowance] = {}
         self._next = 0.0
 
     def __len__(self) -> int:
         return len(self._guests)
 
-    def heard(self, descriptor: int, route: bytes) -> None:
-        """A message has come from a connection."""
+    def hears(self, descriptor: int, route: bytes, account: object, now: float) -> bool:
+        """Whether a frame that has come is to be heard. Every frame is taken off what its account, or, without one, its connection may ask to no
+        purpose; who asks more is not heard for a while: TCP keeps its frames back, and those that were here already are lost."""
         if route not in self._routes:
             self._look()  # it came after what is known
-        if guest := self._guests.get(descriptor):
-            guest.spoke, self._routes[route] = True, descriptor
+        if (guest := self._guests.get(descriptor)) is None:  # ipc, or gone already
+            return True
+        guest.spoke, guest.account, self._routes[route] = True, account or route, descriptor
+        allowance = self._allowances.setdefault(guest.account, Allowance())
+        if allowance.muted <= now:
+            self._spend(allowance, 1.0, now)
+        if allowance.muted <= now:
+            return True
+        if LINUX and not guest.deaf:
+            guest.deaf = allowance.muted
+            self._do(descriptor, _deafen)
+        return False
+
+    def thank(self, route: bytes, account: object, frames: float, now: float) -> None:
+        """Some frames of an account had a purpose."""
+        if allowance := self._allowances.get(account or route):
+            self._spend(allowance, -frames, now)
+
+    def dismiss(self, accounts: Set[object], now: float) -> None:
+        """Shut down what connections these accounts have, when they have had the time to read why."""
+        for guest in self._guests.values():
+            if guest.account in accounts:
+                guest.ends = min(guest.ends, now + FAREWELL)
 
     def welcomed(self, route: bytes) -> None:
         """A connection is a stranger no more."""
         self._known(self._routes.get(route, -1))
-
-    def charge(self, route: bytes, questions: float, now: float) -> None:
-        """A connection has asked something that brought nothing on, or, with less than 0, something that did; who does too much of the former is not
-        heard for a while. To an edge that is a network that loses frames."""
-        if guest := self._guests.get(self._routes.get(route, -1)):
-            guest.asked, guest.at = max(0.0, guest.asked - (now - guest.at) * RATE + questions), now
-            if guest.asked > SAVED:
-                guest.asked, guest.muted = SAVED, now + MUTE
-
-    def muted(self, route: bytes, now: float) -> bool:
-        """Whether a connection is not heard now."""
-        guest = self._guests.get(self._routes.get(route, -1))
-        return guest is not None and guest.muted > now
 
     def watch(self, now: float) -> None:
         """See who came and went, and shut down who is too many, or has sent more than a message can hold and no message."""
@@ -90,11 +116,14 @@ class Doorman:
             return
         self._next = now + TURN
         self._look()
-        if not sys.platform.startswith("linux"):
-            return
         for descriptor, guest in list(self._guests.items()):
-            received = _with(descriptor, _received) or 0
-            if guest.spoke:
+            if guest.deaf and guest.deaf <= now:
+                guest.deaf = 0.0
+                self._do(descriptor, _listen)
+            received = _with(descriptor, _received) or 0 if LINUX else 0
+            if guest.ends <= now:
+                self._shut(descriptor)
+            elif guest.spoke:
                 guest.spoke, guest.received = False, received
             elif received - guest.received > PIECE:
                 self._shut(descriptor)
@@ -138,19 +167,38 @@ class Doorman:
         if self._guests.pop(descriptor, None) is not None:
             for route in [r for r, d in self._routes.items() if d == descriptor]:
                 del self._routes[route]
+                self._allowances.pop(route, None)
 
     def _shut(self, descriptor: int) -> None:
-        guest = self._guests[descriptor]
-        if _with(descriptor, socket.socket.getpeername) == guest.name:  # else the descriptor is somebody else's by now
-            _with(descriptor, _hang_up)
+        self._do(descriptor, _hang_up)
         self._gone(descriptor)
+
+    def _do(self, descriptor: int, call: Callable[[socket.socket], None]) -> None:
+        """Do it to a connection that was accepted; its descriptor may be somebody else's by now."""
+        if _with(descriptor, socket.socket.getpeername) == self._guests[descriptor].name:
+            _with(descriptor, call)
+
+    @staticmethod
+    def _spend(allowance: Allowance, frames: float, now: float) -> None:
+        a = allowance
+        a.asked, a.at = max(0.0, a.asked - (now - a.at) * RATE + frames), now
+        if a.asked > SAVED:
+            a.asked, a.muted = SAVED, now + MUTE
 
 
 def _hang_up(s: socket.socket) -> None:
     """Linux goes on to take what comes for a socket that is shut down, but not for one that was connected to nobody: the peer gets a reset."""
     s.shutdown(socket.SHUT_RDWR)
-    if sys.platform.startswith("linux"):
+    if LINUX:
         ctypes.CDLL(None).connect(s.fileno(), bytes(16), 16)  # of the family AF_UNSPEC, which Python cannot express
+
+
+def _deafen(s: socket.socket) -> None:
+    s.setsockopt(socket.SOL_SOCKET, ATTACH, struct.pack("@HP", 1, ctypes.addressof(DROP)))
+
+
+def _listen(s: socket.socket) -> None:
+    s.setsockopt(socket.SOL_SOCKET, DETACH, 0)
 
 
 def _received(s: socket.socket) -> int:

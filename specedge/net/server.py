@@ -32,11 +32,8 @@ from specedge.net.sessions import Peer, Reply, Sessions
 log = logging.getLogger(__name__)
 INBOX = 256  # messages that may wait for the engine: of the largest size they are 16 MB
 IDLE = 0.1  # seconds after which an engine without work looks up
-PAUSE = 0.002  # seconds after a turn in which nobody spoke who is heard, so that frames of a flood come in heaps
-TO_NO_PURPOSE = (wire.Error, wire.Welcome, wire.Opened, wire.Resumed, wire.NeedPrefill, wire.Gone)  # answers to what brings no text on
-UNANSWERED = (wire.Lease, wire.Cancel, wire.Close, wire.Prompt)
-PURPOSE = -4.0  # what a verified row makes good: a text may begin and end with it
-BUSY = 0.1  # of an idle question: who waits for a place in a full server has to ask
+PURPOSE = 5.0  # frames that a verified round makes good: a text may begin and end with it
+BUSY = 0.9  # of a frame: who waits for a place in a full server has to ask
 Inbound = tuple[Peer, wire.Message | None, float] | frozenset[str]  # and when it came; None: the peer is gone; a set: users who may be here no more
 
 
@@ -258,7 +255,8 @@ class Server:
         while not self._silent.is_set() and (self._authenticator is None or self._authenticator.alive):  # whoever watches `alive` ends the rest
             if self._authenticator and self._authenticator.users is not seen:
                 before, seen = seen, self._authenticator.users
-                self._inbox.put(frozenset(before.keys() - seen.keys()))
+                self._inbox.put(gone := frozenset(before.keys() - seen.keys()))
+                self._doorman.dismiss(gone, time.monotonic())
             # an engine that is behind leaves the rest to ZeroMQ, whose queues are bounded too
             poller.modify(self._router, zmq.POLLIN if self._inbox.qsize() < INBOX else 0)
             ready = dict(poller.poll(100))
@@ -278,32 +276,28 @@ class Server:
     def _send(self, peer: Peer, message: wire.Message) -> None:
         if isinstance(message, wire.Welcome):
             self._doorman.welcomed(peer.route)
-        if isinstance(message, wire.Verdict):
-            self._doorman.charge(peer.route, PURPOSE if message.verified else 1.0, time.monotonic())
-        elif isinstance(message, TO_NO_PURPOSE):
-            self._doorman.charge(peer.route, 1.0, time.monotonic())
-        elif isinstance(message, wire.Busy):
-            self._doorman.charge(peer.route, BUSY, time.monotonic())
+        elif isinstance(message, wire.Busy) or (isinstance(message, wire.Verdict) and message.verified):
+            self._doorman.thank(peer.route, peer.user, BUSY if isinstance(message, wire.Busy) else PURPOSE, time.monotonic())
         try:
             self._router.send_multipart([peer.route, wire.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError:  # gone, or it does not read: its sessions lapse, nobody waits for it
             self._inbox.put((peer, None, time.monotonic()))
 
     def _receive(self) -> None:
-        now, heard = time.monotonic(), False
+        now = time.monotonic()
         for _ in range(64):  # then look at the outbox again
             try:
                 route, *body = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
-                break
-            if self._doorman.muted(route.bytes, now):
-                continue
-            heard = True
+                return
+            peer, descriptor = Peer(route.bytes, str(body[0].get("User-Id")) if self._authenticator else ""), -1
             with contextlib.suppress(zmq.ZMQError):  # of protocols before ZMTP 3, where a message does not know its connection
-                self._doorman.heard(body[-1].get(zmq.SRCFD), route.bytes)
-            peer = Peer(route.bytes, str(body[0].get("User-Id")) if self._authenticator else "")
+                descriptor = body[-1].get(zmq.SRCFD)
+            if not self._doorman.hears(descriptor, peer.route, peer.user, now):
+                continue
             if self._authenticator and peer.user not in self._authenticator.users:
-                continue  # a key that was revoked; ROUTER cannot close its connection
+                self._doorman.dismiss({peer.user}, now)  # a key that was revoked before it said anything
+                continue
             if len(body) != 1:
                 self._refuse(peer, f"a message of {len(body)} frames; one is allowed")
                 continue
@@ -312,11 +306,7 @@ class Server:
             except wire.WireError as e:
                 self._refuse(peer, str(e))
                 continue
-            if isinstance(message, UNANSWERED):
-                self._doorman.charge(peer.route, 1.0, now)
             self._inbox.put((peer, message, now))
-        if not heard:
-            time.sleep(PAUSE)
 
     def _refuse(self, peer: Peer, why: str) -> None:
         self._send(peer, wire.Error(wire.NO_SESSION, "frame", why[:300]))

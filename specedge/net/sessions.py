@@ -12,6 +12,8 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from specedge import __version__
 from specedge.config import PRIORITIES
 from specedge.engine import request
@@ -348,7 +350,7 @@ class Sessions:
             wire.FINISH.index(v.finish), self._budget(r), min(int(queue * 1e6), 2**32 - 1), min(int(spent * 1e6), 2**32 - 1),
         )  # fmt: skip
         if r.flying:
-            r.last = message
+            r.last = replace(message, verified=0)  # when it comes again nothing will have been run for it
         self._fly(r, False)
         return message
 

@@ -15,9 +15,9 @@ from specedge.net import doorman as doorman_module
 from specedge.net.doorman import OF_AN_ADDRESS, Doorman
 from specedge.net.edge import Edge
 from specedge.net.server import Server
-from specedge.net.wire import Close, Draft, Hello, Lease, Resume, Verdict, encode
+from specedge.net.wire import Close, Draft, Hello, Lease, Resume, Verdict, Welcome, encode
 from tests.helpers import engine
-from tests.net.test_server import PROMPT, Raw, X, honest_edge, serving, until
+from tests.net.test_server import PROMPT, Raw, X, background, honest_edge, serving, until
 
 
 @pytest.fixture
@@ -97,14 +97,40 @@ def test_who_asks_too_often_is_not_heard_for_a_while(
     with Raw(server) as fair, Raw(server, RCVHWM=0) as raw:
         for _ in range(200):
             raw.socket.send(frame)
-        until(lambda: any(server._doorman.muted(r, time.monotonic()) for r in list(server._doorman._routes)), "silence")
+        until(lambda: muted(server), "silence")
         assert fair.silent()
-        while raw.socket.poll(400):
+        while raw.socket.poll(700):
             raw.socket.recv()
         assert raw.silent()
         raw.open()
         assert raw.text() == oracle.generate([PROMPT], SamplingParams(max_tokens=12))[0].token_ids
         raw.send(Close(X))
+
+
+def muted(server: Server) -> list[object]:
+    return [account for account, a in list(server._doorman._allowances.items()) if a.muted > time.monotonic()]
+
+
+@pytest.mark.skipif(not doorman_module.LINUX, reason="others cannot be told to take nothing")
+def test_what_is_not_heard_is_not_received(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it costs nobody anything; nor is it lost: TCP brings it when the time is over."""
+    monkeypatch.setattr(doorman_module, "SAVED", 50.0)
+    monkeypatch.setattr(doorman_module, "MUTE", 1000.0)
+    with Raw(server) as fair, Raw(server, RCVHWM=0) as raw:
+        for _ in range(60):
+            raw.socket.send(bytes(512))
+        until(lambda: [g for g in list(server._doorman._guests.values()) if g.deaf], "deafness")
+        assert fair.silent(), "what came before it has been looked at"
+        (descriptor,) = (d for d, g in server._doorman._guests.items() if g.deaf)
+        while raw.socket.poll(100):
+            raw.socket.recv()
+        before = doorman_module._with(descriptor, doorman_module._received)
+        raw.send(Hello("is anybody there?", b""))
+        assert raw.socket.poll(300) == 0 and before == doorman_module._with(descriptor, doorman_module._received)
+        (account,) = muted(server)
+        server._doorman._allowances[account].muted = 0.0
+        server._doorman._guests[descriptor].deaf = 1.0  # which is past
+        assert isinstance(raw.receive(), Welcome)
 
 
 def test_rounds_and_short_texts_are_no_idle_questions(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +147,34 @@ def test_rounds_and_short_texts_are_no_idle_questions(server: Server, monkeypatc
             raw.open(most=1)
             assert len(raw.text()) == 1
             raw.send(Close(X))
+
+
+def test_a_repeated_round_is_an_idle_question(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its answer is the verdict of one that was verified."""
+    monkeypatch.setattr(doorman_module, "RATE", 0.0)
+    with Raw(server) as raw:
+        raw.open()
+        for _ in range(20):
+            raw.send(Draft(X, 1, len(PROMPT), b"", b""))
+            assert isinstance(raw.receive(), Verdict)
+        (allowance,) = server._doorman._allowances.values()
+        assert allowance.asked == 19, "frames since the verdict that a step found"
+        raw.send(Close(X))
+
+
+def test_many_callers_of_one_edge_are_not_slowed(server: Server, oracle: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen at a time, who send hundreds of frames a second through one connection: what they ask together stays within what one round each saves
+    up."""
+    monkeypatch.setattr(doorman_module, "RATE", 1.0)
+    monkeypatch.setattr(doorman_module, "SAVED", 80.0)
+    params = SamplingParams(max_tokens=2)
+    want = oracle.generate([PROMPT], params)[0].token_ids
+    with Edge(server.address) as edge:
+        def call() -> list[list[int]]:
+            return [edge.generate([PROMPT], params)[0].token_ids for _ in range(25)]
+
+        texts = [text for caller in [background(call) for _ in range(16)] for text in caller.result(60)]
+        assert texts == [want] * 400 and not any(a.muted for a in server._doorman._allowances.values())
 
 
 def test_only_the_connection_that_came_is_shut_down(server: Server) -> None:

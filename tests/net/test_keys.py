@@ -24,7 +24,7 @@ from specedge.net.client import Connection, ServerError
 from specedge.net.edge import Edge
 from specedge.net.quota import Quota
 from specedge.net.server import Server
-from specedge.net.wire import Draft, Error, Hello, Verdict, Welcome
+from specedge.net.wire import Draft, Error, Hello, Verdict
 from tests.helpers import check_empty, drafter, engine
 from tests.net.test_auth import FUTURE
 from tests.net.test_server import CONTEXT, GREEDY, PATIENCE, PROMPT, VOCAB, Raw, X, background, threads, until
@@ -225,22 +225,46 @@ def test_a_key_that_is_revoked_loses_its_sessions(
 
 
 def test_a_revoked_key_is_not_heard(oracle: Engine, server: Server, home: Path) -> None:
-    """Its connection stays, for ROUTER cannot close one; whatever it says there is dropped. Once it is authorised again, it is heard again."""
-    with Keyed(server, home / "ann") as ann, Keyed(server, home / "bob") as bob:
+    """It is told why, whatever it says then is dropped, and its connection ends, also one on which nothing was said before; others stay. Once it is
+    authorised again, it is heard again."""
+    with Keyed(server, home / "ann") as ann, Keyed(server, home / "ann", hello=False) as late, Keyed(server, home / "bob") as bob:
+        until(lambda: len(server._doorman) == 3, "three connections")
+        monitor = late.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         revoke(home, "ann")
         told = ann.receive()
         assert isinstance(told, Error) and (told.session, told.code) == (wire.NO_SESSION, "key")
         for message in (Hello("ann", b""), bytes(512), Draft(X, 1, 1, b"", b"")):
             ann.send(message)
-        assert bob.silent() and ann.socket.poll(200) == 0
+            late.send(message)
+        assert bob.silent() and ann.socket.poll(200) == late.socket.poll(0) == 0
         assert [p.user for p in server._sessions._peers] == [load(home / "bob").public]
+        until(lambda: len(server._doorman) == 1, "the end of two connections")
+        assert bob.silent() and monitor.poll(0)
         authorize(home, load(home / "ann").public, name="ann")
-        until(lambda: server._authenticator and len(server._authenticator.users) == 2, "the new list")
-        ann.send(Hello("ann", b""))
-        assert isinstance(ann.receive(), Welcome)
+    with Keyed(server, home / "ann") as ann:
         ann.open()
         assert ann.text() == oracle.generate([PROMPT], SamplingParams(max_tokens=12))[0].token_ids
         ann.send(wire.Close(X))
+
+
+def test_a_flood_of_one_key_is_one_flood(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several connections, and over those that come after; other keys are heard."""
+    monkeypatch.setattr("specedge.net.doorman.SAVED", 50.0)
+    monkeypatch.setattr("specedge.net.doorman.RATE", 0.0)
+    monkeypatch.setattr("specedge.net.doorman.MUTE", 1000.0)
+    with Keyed(server, home / "bob") as bob:
+        for flood in (7, 7, 20):
+            with Keyed(server, home / "ann") as one, Keyed(server, home / "ann") as two:
+                for raw in (one, two):
+                    for _ in range(flood):
+                        raw.send(wire.Lease(X))
+                if flood == 7:
+                    assert one.silent() and two.silent()
+                else:
+                    until(lambda: server._doorman._allowances[load(home / "ann").public].muted, "silence")
+        with Keyed(server, home / "ann", hello=False) as late:
+            late.send(Hello("ann", b""))
+            assert bob.silent() and late.socket.poll(200) == 0
 
 
 def test_an_edge_that_rests_is_told_too(server: Server, home: Path) -> None:

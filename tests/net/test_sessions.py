@@ -330,7 +330,7 @@ def test_a_repeat_is_answered_by_the_same_verdict(desk: Desk) -> None:
     (first,) = desk.run()
     assert (first.row, first.verified, first.finish) == (2, len(PROMPT) + 2, 0)
     for tree in (likely(ids[:1]), EMPTY, make_tree([200], [9])):
-        assert desk.draft(X, 1, tree, base=first.base) == [first]
+        assert desk.draft(X, 1, tree, base=first.base) == [replace_verdict(first, verified=0)]
     (rest,) = desk.draft(X, 1, base=first.base + 1)
     assert rest == replace_verdict(first, base=first.base + 1, row=0, tokens=pack_ids(ids[1:2]), verified=0)
     assert desk.draft(X, 1, base=first.base + 2) == [nothing_new(1, first.base + 2)]
@@ -338,7 +338,7 @@ def test_a_repeat_is_answered_by_the_same_verdict(desk: Desk) -> None:
     desk.draft(X, 2, likely(ids[2:4]))
     (last,) = desk.run()
     assert last.finish == wire.FINISH.index("length") and desk.texts[X] == PROMPT + ids[:4]
-    assert desk.draft(X, 2, base=last.base) == [last]
+    assert desk.draft(X, 2, base=last.base) == [replace_verdict(last, verified=0)]
     assert desk.draft(X, 2, base=last.base + 1) == [replace_verdict(last, base=last.base + 1, row=0, tokens=pack_ids(ids[3:4]), verified=0)]
     assert not desk.engine.busy
 
@@ -606,7 +606,7 @@ def test_a_message_is_a_sign_of_life(desk: Desk) -> None:
     (verdict,) = desk.run()
     for _ in range(3):
         desk.now += 599
-        assert desk.draft(X, 1, base=verdict.base) == [verdict]
+        assert desk.draft(X, 1, base=verdict.base) == [replace_verdict(verdict, verified=0)]
         desk.sessions.expire(desk.now)
     assert len(desk.sessions) == 1
     desk.now += 601
