@@ -147,8 +147,9 @@ class Sessions:
 
     def expire(self, now: float) -> None:
         """Let lapse what has been silent for longer than its lease, forget peers that have nothing open, and take the pages of whoever pauses while
-        others wait for some, the longest pause first; a lease that is renewed is no round."""
-        for key in [k for k, r in self._table.items() if now - r.heard > self.lease and not r.flying]:
+        others wait for some, the longest pause first; a lease that is renewed is no round. Whoever awaits a verdict need not speak of that session,
+        but its connection must have said something: a batch round may wait for as long as interactive ones fill every step."""
+        for key in [k for k, r in self._table.items() if now - max(r.heard, self._peers.get(r.peer, 0.0) if r.flying else 0.0) > self.lease]:
             self._lapse(key, now)
         busy = {r.peer for r in self._table.values()}
         for peer in [p for p, heard in self._peers.items() if p not in busy and now - heard > self.lease]:
