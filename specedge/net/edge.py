@@ -226,8 +226,9 @@ class Edge:
             for message, size in self._link.receive():
                 self._handle(message, size)
             for text in self._places():
-                if text.rounds.sent is None and self._ready(text):
-                    self._submit(text)
+                with self._guarded(text):
+                    if text.rounds.sent is None and self._ready(text):
+                        self._submit(text)
                 self._speak(text)  # only now: after a stall the verdict may have been waiting in the socket
             pause = self._drafter.pause() if self._drafter is not None else 60.0
             self._rest(pause or (0.0 if self._grow() else 60.0))
@@ -265,6 +266,25 @@ class Edge:
             self._drafter = None
             return True  # texts that waited for their trees are the server's now: 10 s would pass before they say anything else
 
+    @contextlib.contextmanager
+    def _guarded(self, text: Text) -> Iterator[None]:
+        """Whatever fails in drafting one text costs that text its drafts: the server decodes it alone from here on, and others notice nothing."""
+        try:
+            yield
+        except Exception:
+            log.exception("drafting a text failed; it goes on without drafts")
+            self._leave(text)
+            self._wake()  # it may have waited for a tree
+
+    def _leave(self, text: Text) -> None:
+        """Draft for a text no more."""
+        session, text.session = text.session, None
+        if session is not None and self._drafter is not None:
+            try:
+                self._drafter.cancel(session)
+            except Exception:
+                log.exception("a draft session could not be ended")
+
     def _take_commands(self) -> None:
         while True:
             try:
@@ -285,8 +305,9 @@ class Edge:
         if self._link.up:
             r.connect(self._link.address, time.monotonic())
         if self._drafter is not None and self._drafter.config.tree_size:
-            text.session = self._drafter.open(r.tokens, r.params, r.limit, frozenset(r.stop), r.vocab)
-            self._steer(text)
+            with self._guarded(text):
+                text.session = self._drafter.open(r.tokens, r.params, r.limit, frozenset(r.stop), r.vocab)
+                self._steer(text)
 
     def _steer(self, text: Text) -> None:
         """Decide who writes on: draft and server together, or, while a round is no better than a step, the server alone."""
@@ -310,9 +331,8 @@ class Edge:
     def _submit(self, text: Text) -> None:
         """Begin the next round: the tree, or, where nothing is drafted, leave to decode alone."""
         tree, r, until = EMPTY, text.rounds, 0
-        if text.session is not None and self._drafter is not None and text.session.exhausted:
-            self._drafter.cancel(text.session)
-            text.session = None
+        if text.session is not None and text.session.exhausted:
+            self._leave(text)
         if text.session is None or self._drafter is None:
             until = r.limit
         elif text.session.asleep:
@@ -367,10 +387,11 @@ class Edge:
         s = text.output.speculation
         s = replace(s, rounds=s.rounds + 1, drafted=s.drafted + len(step.tree), accepted=s.accepted + len(step.path))
         if text.session is not None and self._drafter is not None and not step.finish:
-            hit = self._drafter.verdict(text.session, step.row, step.tokens, step.served)
-            if not text.alone:
-                s = replace(s, hits=s.hits + hit, misses=s.misses + (not hit))
-            self._learn(text, step)
+            with self._guarded(text):
+                hit = self._drafter.verdict(text.session, step.row, step.tokens, step.served)
+                if not text.alone:
+                    s = replace(s, hits=s.hits + hit, misses=s.misses + (not hit))
+                self._learn(text, step)
         text.output.speculation = s
         chunk = text.output.add(step.path + step.tokens, step.finish)
         text.inbox.put(chunk)
@@ -400,8 +421,7 @@ class Edge:
     def _end(self, text: Text, last: wire.Message) -> None:
         """Forget a text here and on the server."""
         if self._texts.pop(text.id, None) is not None:
-            if text.session is not None and self._drafter is not None:
-                self._drafter.cancel(text.session)
+            self._leave(text)
             if text.rounds.known:
                 self._send(text, last)
 

@@ -733,3 +733,26 @@ def test_a_draft_that_fails_is_given_up(tmp_path: Path, monkeypatch: pytest.Monk
         for _ in range(2):
             assert edge.generate([[1, 2, 3]], SamplingParams(max_tokens=30, seed=1))[0].token_ids == want
     assert rests[0] == 0.0, "nobody waits for a tree that will not come"
+
+
+@pytest.mark.parametrize("name", ["open", "ready", "size", "submit", "verdict", "cancel"])
+def test_what_fails_for_one_text_costs_it_its_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The server decodes it alone, its ids are the same, and another text of the edge is drafted all the while, and afterwards."""
+    path, params = random_model(tmp_path, 1, vocab_size=VOCAB), SamplingParams(max_tokens=40, seed=1, ignore_eos=True)
+    want = [c.token_ids for c in engine(path).generate([[1, 2, 3], [4, 5]], params)]
+    draft = drafter(path, DraftConfig(max_sessions=2, autopilot=False))
+    call, broken = getattr(draft, name), list[object]()
+
+    def fail(first: object, *rest: object) -> object:
+        tokens = first if name == "open" else first.tokens  # type: ignore[attr-defined]
+        if tokens[:3] == [1, 2, 3]:  # type: ignore[index]
+            broken.append(first)
+            raise RuntimeError("this text cannot be drafted")
+        return call(first, *rest)
+
+    monkeypatch.setattr(draft, name, fail)
+    with Server(engine(path)) as server, Edge(server.address, draft) as edge:
+        done = background(edge.generate, [[1, 2, 3], [4, 5]], params).result(PATIENCE)
+        assert [c.token_ids for c in done] == want and broken
+        assert done[1].speculation.drafted > 0 and (name == "cancel" or done[0].speculation.accepted < 38)
+        assert edge.generate([[4, 5]], params)[0].token_ids == want[1]
