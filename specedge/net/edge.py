@@ -266,25 +266,6 @@ class Edge:
             self._drafter = None
             return True  # texts that waited for their trees are the server's now: 10 s would pass before they say anything else
 
-    @contextlib.contextmanager
-    def _guarded(self, text: Text) -> Iterator[None]:
-        """Whatever fails in drafting one text costs that text its drafts: the server decodes it alone from here on, and others notice nothing."""
-        try:
-            yield
-        except Exception:
-            log.exception("drafting a text failed; it goes on without drafts")
-            self._leave(text)
-            self._wake()  # it may have waited for a tree
-
-    def _leave(self, text: Text) -> None:
-        """Draft for a text no more."""
-        session, text.session = text.session, None
-        if session is not None and self._drafter is not None:
-            try:
-                self._drafter.cancel(session)
-            except Exception:
-                log.exception("a draft session could not be ended")
-
     def _take_commands(self) -> None:
         while True:
             try:
@@ -417,6 +398,25 @@ class Edge:
         size = self._link.send(message)
         s = text.output.speculation
         text.output.speculation = replace(s, bytes_up=s.bytes_up + size)
+
+    @contextlib.contextmanager
+    def _guarded(self, text: Text) -> Iterator[None]:
+        """Whatever fails in drafting one text costs that text its drafts: the server decodes it alone from here on, and others notice nothing."""
+        try:
+            yield
+        except Exception:
+            log.exception("drafting a text failed; it goes on without drafts")
+            self._leave(text)
+            self._wake()  # it may have waited for a tree
+
+    def _leave(self, text: Text) -> None:
+        """Draft for a text no more."""
+        session, text.session = text.session, None
+        if session is not None and self._drafter is not None:
+            try:
+                self._drafter.cancel(session)
+            except Exception:
+                log.exception("a draft session could not be ended")
 
     def _end(self, text: Text, last: wire.Message) -> None:
         """Forget a text here and on the server."""
