@@ -201,22 +201,29 @@ Tensor linear_pack_int_op(const Tensor& q, const std::optional<Tensor>& scale) {
   return out;
 }
 
-// Everything of a linear layer but its weights, checked; y is made.
+// Everything of a linear layer but its weights, checked; y is made, or is `logits`.
 template <class T>
-Linear<T> linear_of(const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& bias, Tensor& y) {
+Linear<T> linear_of(const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& bias, const std::optional<Tensor>& logits, Tensor& y) {
   check(x, "x", 2, DTYPE<T>);
   if (bias) check(*bias, "bias", 1, DTYPE<T>);
   TORCH_CHECK(!bias || bias->size(0) == n, "bias must have ", n, " elements");
-  y = at::empty({x.size(0), n}, x.options());
-  return {data<T>(x), packed.data_ptr(), nullptr, bias ? data<T>(*bias) : nullptr, data<T>(y), x.size(0), n, x.size(1)};
+  Linear<T> a{data<T>(x), packed.data_ptr(), nullptr, bias ? data<T>(*bias) : nullptr, nullptr, nullptr, x.size(0), n, x.size(1)};
+  if (logits) {
+    check(*logits, "logits", 2, at::kFloat);
+    TORCH_CHECK(logits->size(0) == a.rows && logits->size(1) == n, "logits must be [", a.rows, ", ", n, "], are ", logits->sizes());
+    y = *logits, a.logits = data<float>(y);
+  } else {
+    y = at::empty({a.rows, n}, x.options()), a.out = data<T>(y);
+  }
+  return a;
 }
 
-Tensor linear_op(const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& bias, bool scalar) {
+Tensor linear_op(const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& bias, bool scalar, const std::optional<Tensor>& logits) {
   Tensor y;
   by_dtype(x, "x", [&]<class T>(T) {
     constexpr int64_t step = 4 / sizeof(T);
     check(packed, "packed", 4, DTYPE<T>);
-    const Linear<T> a = linear_of<T>(x, packed, n, bias, y);
+    const Linear<T> a = linear_of<T>(x, packed, n, bias, logits, y);
     TORCH_CHECK(packed.sizes() == at::IntArrayRef({(n + 31) / 32, words<T>(a.k), 32, step}), "packed is ", packed.sizes(), " for ", n,
                 " outputs of ", a.k, " inputs");
     if (a.rows) linear(a, scalar);
@@ -225,13 +232,13 @@ Tensor linear_op(const Tensor& x, const Tensor& packed, int64_t n, const std::op
 }
 
 Tensor linear_int_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scale, int64_t n, const std::optional<Tensor>& bias,
-                     bool scalar) {
+                     bool scalar, const std::optional<Tensor>& logits) {
   Tensor y;
   check(packed, "packed", 3, at::kByte);
   if (scale) check(*scale, "scale", 1, at::kFloat);
   TORCH_CHECK(!scale || scale->size(0) == n, "scale must have ", n, " elements");
   by_dtype(x, "x", [&]<class T>(T) {
-    Linear<T> a = linear_of<T>(x, packed, n, bias, y);
+    Linear<T> a = linear_of<T>(x, packed, n, bias, logits, y);
     TORCH_CHECK(packed.sizes() == at::IntArrayRef({(n + 31) / 32, (a.k + INPUTS - 1) / INPUTS, scale ? STEP8 : STEP4}), "packed is ",
                 packed.sizes(), " for ", n, " outputs of ", a.k, " inputs");
     if (scale) a.scale = data<float>(*scale);
@@ -287,9 +294,10 @@ TORCH_LIBRARY(specedge, m) {
   m.def("attention(Tensor q, Tensor rows_kv, Tensor pages_kv, Tensor segments, Tensor page_table, Tensor q_pos, Tensor k_pos, Tensor anc,"
         " float scale, int window, bool scalar=False) -> Tensor");
   m.def("linear_pack(Tensor weight) -> Tensor");
-  m.def("linear(Tensor x, Tensor packed, int n, Tensor? bias, bool scalar=False) -> Tensor");
+  m.def("linear(Tensor x, Tensor packed, int n, Tensor? bias, bool scalar=False, *, Tensor(a!)? logits=None) -> Tensor");
   m.def("linear_pack_int(Tensor q, Tensor? scale) -> Tensor");
-  m.def("linear_int(Tensor x, Tensor packed, Tensor? scale, int n, Tensor? bias, bool scalar=False) -> Tensor");
+  m.def("linear_int(Tensor x, Tensor packed, Tensor? scale, int n, Tensor? bias, bool scalar=False, *, Tensor(a!)? logits=None)"
+        " -> Tensor");
   m.def("gumbel(int seed, int position, int vocab) -> Tensor", specedge::gumbel_op);
   m.def("sample(Tensor logits, Tensor noise, Tensor noise_row, Tensor inv_temperature, int limit, bool scalar=False) -> Tensor");
   m.def("truncate(Tensor logits, Tensor inv_temperature, Tensor log_min_p, Tensor top_k, Tensor top_p, int limit) -> Tensor");

@@ -8,6 +8,9 @@
 // Invariant: a row of x meets its own row of sums alone, so that its bits depend on no other row and on no number of rows.
 #pragma once
 
+#include <cstdlib>
+#include <memory>
+
 #include "linear.h"
 
 #ifdef __AMX_TILE__
@@ -105,39 +108,53 @@ struct TilePairsTwin {
   }
 };
 
-// x [rows][k] in the order in which tiles read it, so that each is 1 KB of one stream: for each 32 rows, for each 64 bytes of k, those bytes of
-// all rows. What is not there is zero: k is rounded up to 64 bytes, and rows above 16 to 16.
+// x [rows][k] in the order in which walk_tiles reads it, so that each tile is 1 KB of one stream: for each block of k, for each 32 rows, for each 64
+// bytes of k, those bytes of all rows. What is not there is zero: k is rounded up to 64 bytes, and rows above 16 to 16.
 template <class T>
 struct TileRows {
   static constexpr int64_t EACH = TILE_BYTES / sizeof(T);
-  int64_t rows, width;  // rounded up
-  Vector<T> all;
+  int64_t rows, width, block;  // rounded up
+  std::unique_ptr<T, decltype(&std::free)> all;
 
   TileRows(const T* x, int64_t count, int64_t k)
       : rows(count <= TILE_ROWS ? count : (count + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS),
         width((k + EACH - 1) / EACH * EACH),
-        all(size_t(rows * width)) {
+        block(rows <= PAIR ? width : TILES_BLOCK / TWO_TILES * EACH),
+        all(static_cast<T*>(std::aligned_alloc(64, size_t(rows * width) * sizeof(T))), std::free) {
     for_each((rows + PAIR - 1) / PAIR, double(rows) * double(width) / 20, [=, this](int64_t i) {
       const int64_t first = i * PAIR, height = std::min(rows - first, PAIR);
-      for (int64_t r = first; r < std::min(first + height, count); r++) {
-        T* to = all.data() + first * width + (r - first) * EACH;
-        for (int64_t c = 0; c < k; c += EACH, to += height * EACH) std::memcpy(to, x + r * k + c, size_t(std::min(EACH, k - c)) * sizeof(T));
-      }
+      for (int64_t r = first; r < first + height; r++)
+        for (int64_t c = 0; c < width; c += EACH) {
+          T* to = all.get() + place(first, c / block * block) + c % block * height + (r - first) * EACH;
+          const int64_t there = r < count ? std::min(EACH, k - c) : 0;
+          if (there == EACH) {
+            std::memcpy(to, x + r * k + c, TILE_BYTES);  // of a known size: one load and one store
+          } else {
+            std::fill_n(to, EACH, T{});
+            std::copy_n(x + r * k + c, there, to);
+          }
+        }
     });
   }
-  // From column on, a multiple of EACH, of the rows from a pass's first.
-  const T* at(int64_t row, int64_t column) const { return all.data() + row * width + column * std::min(rows - row, PAIR); }
+  int64_t place(int64_t row, int64_t column) const { return rows * column + row * std::min(block, width - column); }
+  // From column on, the first of a block, of the rows from a pass's first.
+  const T* at(int64_t row, int64_t column) const { return all.get() + place(row, column); }
 };
+
+// Whether sums of all panels of a thread stay in L2, so that k can be sliced in place of the rows.
+inline bool keeps_sums(int64_t rows, int64_t panels) {
+  return rows * (panels + threads() - 1) / threads() * COLUMNS * int64_t(sizeof(float)) <= X_BYTES;
+}
 
 // f(first row, rows) for as many rows at a time as leave half of L2 to the weights: x of `bytes` a row is read once for every panel.
 template <class F>
-void in_slices(int64_t rows, int64_t bytes, F f) {
-  const int64_t most = std::max(2 * PAIR, X_BYTES / bytes / PAIR * PAIR);
+void in_slices(int64_t rows, int64_t bytes, int64_t panels, F f) {
+  const int64_t most = keeps_sums(rows, panels) ? rows : std::max(2 * PAIR, X_BYTES / bytes / PAIR * PAIR);
   for (int64_t first = 0; first < rows; first += most) f(first, std::min(rows - first, most));
 }
 
 // What a pass works on: rows row .. row + height of x, steps from .. to of a panel, whose first is at w. While it does it fetches `lines` cache
-// lines from `fetch` on for every 2 KB of w.
+// lines from `fetch` on for every 2 KB of w. Its first steps, from 0 on, find no sums.
 struct Pass {
   int64_t row, height, from, to;
   const char *w, *fetch;
@@ -151,26 +168,33 @@ struct Pass {
 };
 
 // Call tile(pass) for all passes and done(panel, sums [rows][COLUMNS]) after each panel, on all threads. The passes over a panel share the work of
-// fetching what comes next, so that memory streams while they multiply; more than two go by blocks, which stay in L1, and x and sums in L2.
+// fetching what comes next, so that memory streams while they multiply; more than one go by blocks, which stay in L1. x is in L2: by slices of k,
+// where it is larger than half of that, and then so are the sums of all panels.
 template <class Tile, class Done>
-void walk_tiles(int64_t rows, int64_t panels, int64_t steps, int64_t step_bytes, const void* packed, double work, Tile tile, Done done) {
+void walk_tiles(int64_t rows, int64_t panels, int64_t steps, int64_t step_bytes, int64_t x_bytes, const void* packed, double work, Tile tile, Done done) {
   const int64_t parts = std::min(threads(), panels), passes = (rows + PAIR - 1) / PAIR, lines = (TWO_TILES / 64 + passes - 1) / passes;
-  const int64_t block = passes <= 2 ? steps : TILES_BLOCK / step_bytes;
+  const int64_t block = passes == 1 ? steps : TILES_BLOCK / step_bytes;
+  const int64_t slices = keeps_sums(rows, panels) ? (x_bytes + X_BYTES - 1) / X_BYTES : 1;
+  const int64_t slice = ((steps + slices - 1) / slices + block - 1) / block * block;
   for_each(parts, work, [&](int64_t part) {
     const Tiles tiles(std::min(rows, TILE_ROWS));
-    float* sums = new (std::align_val_t(64)) float[size_t(rows * COLUMNS)];
-    for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; panel++) {
-      std::fill_n(sums, rows * COLUMNS, 0.0f);
-      for (int64_t from = 0; from < steps; from += block) {
-        const int64_t to = std::min(steps, from + block), bytes = (to - from) * step_bytes;
-        const char* w = static_cast<const char*>(packed) + (panel * steps + from) * step_bytes;
-        for (int64_t row = 0; row < rows; row += PAIR) {
-          const char* fetch = w + (passes == 1 ? AHEAD : bytes + row / PAIR * (bytes / TWO_TILES * lines * 64));
-          tile(Pass{row, std::min(rows - row, PAIR), from, to, w, fetch, lines, sums + row * COLUMNS});
+    const int64_t begin = panels * part / parts, end = panels * (part + 1) / parts, apart = slices > 1 ? rows * COLUMNS : 0;
+    float* sums = new (std::align_val_t(64)) float[size_t(std::max(rows * COLUMNS, apart * (end - begin)))];
+    for (int64_t first = 0; first < steps; first += slice)
+      for (int64_t panel = begin; panel < end; panel++) {
+        const int64_t last = std::min(steps, first + slice);
+        float* to_sums = sums + (panel - begin) * apart;
+        for (int64_t from = first; from < last; from += block) {
+          const int64_t to = std::min(last, from + block), bytes = (to - from) * step_bytes;
+          const char* w = static_cast<const char*>(packed) + (panel * steps + from) * step_bytes;
+          const char* next = to < last ? w + bytes : w + (steps + first - from) * step_bytes;
+          for (int64_t row = 0; row < rows; row += PAIR) {
+            const char* fetch = passes == 1 ? w + AHEAD : next + row / PAIR * (bytes / TWO_TILES * lines * 64);
+            tile(Pass{row, std::min(rows - row, PAIR), from, to, w, fetch, lines, to_sums + row * COLUMNS});
+          }
         }
+        if (last == steps) done(panel, to_sums);
       }
-      done(panel, sums);
-    }
     ::operator delete[](sums, std::align_val_t(64));
   });
 }

@@ -64,7 +64,7 @@ struct Attention {
 void attention(const Attention<float>& a, bool scalar);
 void attention(const Attention<bf16>& a, bool scalar);
 
-// y = x W^T (times scale [n]) (plus bias [n]); those may be null.
+// y = x W^T (times scale [n]) (plus bias [n]); those may be null. It goes to logits, if they are there, else to out.
 template <class T>
 struct Linear {
   const T* x;
@@ -72,6 +72,7 @@ struct Linear {
   const float* scale;
   const T* bias;
   T* out;
+  float* logits;
   int64_t rows, n, k;
 };
 // Words of 4 bytes that the weights of an output take; of bf16 whole tiles where tiles are multiplied (amx.h).

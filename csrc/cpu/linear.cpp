@@ -118,8 +118,12 @@ template <bool BOTH>
 void pass_pairs(const Pass& p, const bf16* x) {
   constexpr int64_t LINE = COLUMNS * 4;  // bytes between words of k and between rows of sums
   float *const upper = p.sums, *const lower = p.sums + TILE_ROWS * COLUMNS;
-  tile_load<0>(upper, LINE), tile_load<1>(upper + LANES, LINE);
-  if (BOTH) tile_load<2>(lower, LINE), tile_load<3>(lower + LANES, LINE);
+  if (p.from == 0) {
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  } else {
+    tile_load<0>(upper, LINE), tile_load<1>(upper + LANES, LINE);
+    if (BOTH) tile_load<2>(lower, LINE), tile_load<3>(lower + LANES, LINE);
+  }
   const char *w = p.w, *fetch = p.fetch;
   for (int64_t s = p.from; s < p.to; s += TILE_WORDS, w += TWO_TILES, x += p.height * 2 * TILE_WORDS) {
     p.ahead(fetch);
@@ -137,6 +141,7 @@ void pass_pairs(const Pass& p, const bf16* x) {
 // The twin: what tdpbf16ps does, but for subnormal numbers (checked on 272,000 random sums).
 void pass_twin(const Pass& p, const bf16* x) {
   const bf16* w = reinterpret_cast<const bf16*>(p.w);
+  if (p.from == 0) std::fill_n(p.sums, p.height * COLUMNS, 0.0f);
   for (int64_t s = p.from; s < p.to; s += TILE_WORDS, w += TWO_TILES / 2, x += p.height * 2 * TILE_WORDS)
     for (int64_t i = 0; i < p.height; i++)
       for (int64_t c = 0; c < COLUMNS; c++) {
@@ -155,7 +160,7 @@ void run_tiles(const Linear<bf16>& a, bool scalar) {
   };
   const auto done = [&](int64_t panel, const float* sums) { finish<Native>(a, panel, 1, sums, COLUMNS); };
   const double work = double(a.n) * double(a.k) * (0.1 + 0.001 * double(a.rows));
-  walk_tiles(x.rows, (a.n + COLUMNS - 1) / COLUMNS, words<bf16>(a.k), COLUMNS * 4, a.packed, work, tile, done);
+  walk_tiles(x.rows, (a.n + COLUMNS - 1) / COLUMNS, words<bf16>(a.k), COLUMNS * 4, x.rows * x.width * 2, a.packed, work, tile, done);
 }
 #endif
 
@@ -180,9 +185,11 @@ void linear(const Linear<float>& a, bool scalar) {
 template <>
 void linear(const Linear<bf16>& a, bool scalar) {
 #ifdef __AMX_TILE__
-  in_slices(a.rows, a.k * 2, [&](int64_t first, int64_t rows) {
+  in_slices(a.rows, a.k * 2, (a.n + COLUMNS - 1) / COLUMNS, [&](int64_t first, int64_t rows) {
     Linear<bf16> slice = a;
-    slice.x += first * a.k, slice.out += first * a.n, slice.rows = rows;
+    slice.x += first * a.k, slice.rows = rows;
+    if (a.logits) slice.logits += first * a.n;
+    if (a.out) slice.out += first * a.n;
     run_tiles(slice, scalar);
   });
 #else

@@ -41,7 +41,7 @@ void walk(int64_t rows, int64_t panels, int64_t steps, int64_t step_bytes, int64
   });
 }
 
-// Round the sums [rows][apart] of a panel or two to the output: times scale [n] (if there is one), plus bias.
+// Round the sums [rows][apart] of a panel or two to the output: times scale [n] (if there is one), plus bias. Logits are rounded all the same.
 template <class V, class T>
 void finish(const Linear<T>& a, int64_t panel, int64_t panels, const float* sums, int64_t apart = SUMS) {
   const int64_t begin = panel * COLUMNS, end = std::min(a.n, begin + panels * COLUMNS);
@@ -51,7 +51,12 @@ void finish(const Linear<T>& a, int64_t panel, int64_t panels, const float* sums
       V y = V::load(sums + r * apart + c - begin);
       if (a.scale) y = y * V::load(a.scale + c, n);
       if (a.bias) y = y + V::load(a.bias + c, n);
-      y.store(a.out + r * a.n + c, n);
+      if (a.logits) {
+        T rounded[LANES];
+        y.store(rounded), V::load(rounded).store(a.logits + r * a.n + c, n);
+      } else {
+        y.store(a.out + r * a.n + c, n);
+      }
     }
 }
 

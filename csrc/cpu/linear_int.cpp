@@ -248,6 +248,7 @@ void pass_bytes(const Pass& p, const int8_t* x, const Codes& c, int64_t rows) {
   constexpr int64_t LINE = COLUMNS * 4;  // bytes between words of k and between rows of products
   alignas(64) int32_t products[PAIR * COLUMNS];
   const char *w = p.w, *fetch = p.fetch;
+  if (p.from == 0) std::fill_n(p.sums, p.height * COLUMNS, 0.0f);
   for (int64_t step = p.from; step < p.to; step++) {
     tile_zero<0>(), tile_zero<1>();
     if (BOTH) tile_zero<2>(), tile_zero<3>();
@@ -285,7 +286,7 @@ void run_tiles8(const Linear<T>& a) {
   };
   const auto done = [&](int64_t panel, const float* sums) { finish<Native>(a, panel, 1, sums, COLUMNS); };
   const double work = double(a.n) * double(a.k) * (0.05 + 0.001 * double(a.rows));
-  walk_tiles(x.rows, (a.n + COLUMNS - 1) / COLUMNS, c.steps, STEP8, a.packed, work, tile, done);
+  walk_tiles(x.rows, (a.n + COLUMNS - 1) / COLUMNS, c.steps, STEP8, x.rows * x.width, a.packed, work, tile, done);
 }
 #endif
 
@@ -294,9 +295,11 @@ void run(const Linear<T>& a, bool scalar) {
   if (scalar) return run_as<ScalarInts, BITS>(a);
 #ifdef __AMX_TILE__
   if (BITS == 8)
-    return in_slices(a.rows, a.k, [&](int64_t first, int64_t rows) {
+    return in_slices(a.rows, a.k, (a.n + COLUMNS - 1) / COLUMNS, [&](int64_t first, int64_t rows) {
       Linear<T> slice = a;
-      slice.x += first * a.k, slice.out += first * a.n, slice.rows = rows;
+      slice.x += first * a.k, slice.rows = rows;
+    if (a.logits) slice.logits += first * a.n;
+    if (a.out) slice.out += first * a.n;
       run_tiles8(slice);
     });
 #endif

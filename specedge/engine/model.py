@@ -22,8 +22,8 @@ class Decoder:
         self.windows = config.windows or (0,) * config.layers
         self.cos, self.sin = (t.to(device) for t in angles(config, positions))
 
-    def forward(self, batch: StepBatch, rows: Tensor, pages: Tensor) -> Tensor:
-        """Logits `[n, V]` float32 of the wanted rows; writes the K/V of all rows of the batch to their slots in `rows`."""
+    def forward(self, batch: StepBatch, rows: Tensor, pages: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Logits `[n, V]` float32 of the wanted rows, in `logits` if it is there; writes the K/V of all rows of the batch to their slots in `rows`."""
         c, w = self.config, self.weights
         x = w.embedding[batch.tokens]
         y = kernels.rms_norm(x, w.layers[0].input_norm, c.norm_eps)
@@ -42,4 +42,4 @@ class Decoder:
             )
             y, x = kernels.add_rms_norm(layer.out(o.flatten(1)), x, layer.post_norm, c.norm_eps)
             y, x = kernels.add_rms_norm(layer.down(kernels.silu_mul(layer.gate_up(y))), x, next_norm, c.norm_eps)
-        return w.head(y[batch.wanted]).float()
+        return w.head(y[batch.wanted], logits).float()

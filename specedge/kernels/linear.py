@@ -38,13 +38,14 @@ class Linear:
         else:
             self.kind, self.weight = "torch", weight
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
+        """With `logits [R, N]` float32 that is where the result goes, rounded like any other: no copy, and no memory whose pages are new each time."""
         y: Tensor
         match self.kind:
             case "C++":
-                y = torch.ops.specedge.linear(x, self.weight, self.outputs, self.bias)
+                y = torch.ops.specedge.linear(x, self.weight, self.outputs, self.bias, logits=logits)
             case "C++ integers":
-                y = torch.ops.specedge.linear_int(x, self.weight, self.scale, self.outputs, self.bias)
+                y = torch.ops.specedge.linear_int(x, self.weight, self.scale, self.outputs, self.bias, logits=logits)
             case "integers":
                 assert self.scale is not None
                 y = reference.linear_int(x, self.weight, self.scale, self.bias)
@@ -53,7 +54,7 @@ class Linear:
                 y = torch.ops.mkldnn._linear_pointwise(padded.contiguous(), self.weight, self.bias, "none", [], "")[: len(x)]
             case _:
                 y = F.linear(x, self.weight, self.bias)
-        return y
+        return y if logits is None or y is logits else logits.copy_(y)
 
 
 def _onednn_packs(dtype: torch.dtype) -> bool:

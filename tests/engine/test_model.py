@@ -58,7 +58,7 @@ class Text:
             n = min(chunk, len(self.tokens) - self.computed)
             batch = self.runner.batch()
             self.add(batch, n)
-            found.append(self.runner.run(batch))
+            found.append(self.runner.run(batch).clone())
             self.commit(n)
         return torch.cat(found)
 
@@ -148,6 +148,6 @@ def test_random_splits_have_the_same_bits(tmp_path_factory: pytest.TempPathFacto
         n = data.draw(st.integers(1, 70 - text.computed))
         batch = text.runner.batch()
         text.add(batch, n)
-        got.append(text.runner.run(batch))
+        got.append(text.runner.run(batch).clone())
         text.commit(n)
     assert torch.equal(torch.cat(got), Text(runner(path), tokens).run(70))

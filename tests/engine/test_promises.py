@@ -60,7 +60,7 @@ def by_trees(r: Runner, tokens: list[int], n: int) -> torch.Tensor:
         parents = [*range(len(true)), *(p + (len(true) if p else 0) for p in wrong.parents.tolist())]
         batch = r.batch()
         t.add(batch, 1, make_tree([*true, *wrong.tokens.tolist()], parents))
-        found.append(r.run(batch)[: len(true) + 1].float().cpu())
+        found.append(r.run(batch)[: len(true) + 1].cpu().clone())
         t.commit(len(true) + 1)
     return torch.cat(found)
 
