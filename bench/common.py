@@ -86,8 +86,8 @@ def random_runner(c: ModelConfig, sizes: EngineConfig, device: torch.device, dty
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=rng, device=device) / columns**0.5).to(dtype)
 
-    def linear(rows: int, columns: int) -> Linear:
-        return Linear(matrix(rows, columns), bits=bits)
+    def linear(rows: int, columns: int, gated: bool = False) -> Linear:
+        return Linear(matrix(rows, columns), bits=bits, gated=gated)
 
     ones = torch.ones(c.hidden, device=device, dtype=dtype)
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -95,7 +95,7 @@ def random_runner(c: ModelConfig, sizes: EngineConfig, device: torch.device, dty
     qk_norm = (of_head, of_head) if c.qk_norm else None
     layers = tuple(
         LayerWeights(
-            ones, linear(q + 2 * kv, c.hidden), linear(c.hidden, q), ones, linear(2 * c.ffn, c.hidden), linear(c.hidden, c.ffn), qk_norm
+            ones, linear(q + 2 * kv, c.hidden), linear(c.hidden, q), ones, linear(2 * c.ffn, c.hidden, True), linear(c.hidden, c.ffn), qk_norm
         )
         for _ in range(c.layers)
     )  # fmt: skip

@@ -203,11 +203,13 @@ Tensor linear_pack_int_op(const Tensor& q, const std::optional<Tensor>& scale) {
 
 // Everything of a linear layer but its weights, checked; y is made, or is `logits`.
 template <class T>
-Linear<T> linear_of(const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& bias, const std::optional<Tensor>& logits, Tensor& y) {
+Linear<T> linear_of(const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& bias, bool gated,
+                    const std::optional<Tensor>& logits, Tensor& y) {
   check(x, "x", 2, DTYPE<T>);
   if (bias) check(*bias, "bias", 1, DTYPE<T>);
-  TORCH_CHECK(!bias || bias->size(0) == n, "bias must have ", n, " elements");
-  Linear<T> a{data<T>(x), packed.data_ptr(), nullptr, bias ? data<T>(*bias) : nullptr, nullptr, nullptr, x.size(0), n, x.size(1)};
+  Linear<T> a{data<T>(x), packed.data_ptr(), nullptr, bias ? data<T>(*bias) : nullptr, nullptr, nullptr, x.size(0), n, x.size(1), gated};
+  TORCH_CHECK(!bias || bias->size(0) == (gated ? a.panels() * COLUMNS : n), "bias must have ", gated ? a.panels() * COLUMNS : n, " elements");
+  TORCH_CHECK(!gated || !logits, "a gated layer has no logits");
   if (logits) {
     check(*logits, "logits", 2, at::kFloat);
     TORCH_CHECK(logits->size(0) == a.rows && logits->size(1) == n, "logits must be [", a.rows, ", ", n, "], are ", logits->sizes());
@@ -218,13 +220,14 @@ Linear<T> linear_of(const Tensor& x, const Tensor& packed, int64_t n, const std:
   return a;
 }
 
-Tensor linear_op(const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& bias, bool scalar, const std::optional<Tensor>& logits) {
+Tensor linear_op(const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& bias, bool scalar, bool gated,
+                 const std::optional<Tensor>& logits) {
   Tensor y;
   by_dtype(x, "x", [&]<class T>(T) {
     constexpr int64_t step = 4 / sizeof(T);
     check(packed, "packed", 4, DTYPE<T>);
-    const Linear<T> a = linear_of<T>(x, packed, n, bias, logits, y);
-    TORCH_CHECK(packed.sizes() == at::IntArrayRef({(n + 31) / 32, words<T>(a.k), 32, step}), "packed is ", packed.sizes(), " for ", n,
+    const Linear<T> a = linear_of<T>(x, packed, n, bias, gated, logits, y);
+    TORCH_CHECK(packed.sizes() == at::IntArrayRef({a.panels(), words<T>(a.k), COLUMNS, step}), "packed is ", packed.sizes(), " for ", n,
                 " outputs of ", a.k, " inputs");
     if (a.rows) linear(a, scalar);
   });
@@ -232,14 +235,14 @@ Tensor linear_op(const Tensor& x, const Tensor& packed, int64_t n, const std::op
 }
 
 Tensor linear_int_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scale, int64_t n, const std::optional<Tensor>& bias,
-                     bool scalar, const std::optional<Tensor>& logits) {
+                     bool scalar, bool gated, const std::optional<Tensor>& logits) {
   Tensor y;
   check(packed, "packed", 3, at::kByte);
   if (scale) check(*scale, "scale", 1, at::kFloat);
-  TORCH_CHECK(!scale || scale->size(0) == n, "scale must have ", n, " elements");
   by_dtype(x, "x", [&]<class T>(T) {
-    Linear<T> a = linear_of<T>(x, packed, n, bias, logits, y);
-    TORCH_CHECK(packed.sizes() == at::IntArrayRef({(n + 31) / 32, (a.k + INPUTS - 1) / INPUTS, scale ? STEP8 : STEP4}), "packed is ",
+    Linear<T> a = linear_of<T>(x, packed, n, bias, gated, logits, y);
+    TORCH_CHECK(!scale || scale->size(0) == (gated ? a.panels() * COLUMNS : n), "scale must have ", gated ? a.panels() * COLUMNS : n, " elements");
+    TORCH_CHECK(packed.sizes() == at::IntArrayRef({a.panels(), (a.k + INPUTS - 1) / INPUTS, scale ? STEP8 : STEP4}), "packed is ",
                 packed.sizes(), " for ", n, " outputs of ", a.k, " inputs");
     if (scale) a.scale = data<float>(*scale);
     if (a.rows) scale ? linear8(a, scalar) : linear4(a, scalar);
@@ -294,9 +297,9 @@ TORCH_LIBRARY(specedge, m) {
   m.def("attention(Tensor q, Tensor rows_kv, Tensor pages_kv, Tensor segments, Tensor page_table, Tensor q_pos, Tensor k_pos, Tensor anc,"
         " float scale, int window, bool scalar=False) -> Tensor");
   m.def("linear_pack(Tensor weight) -> Tensor");
-  m.def("linear(Tensor x, Tensor packed, int n, Tensor? bias, bool scalar=False, *, Tensor(a!)? logits=None) -> Tensor");
+  m.def("linear(Tensor x, Tensor packed, int n, Tensor? bias, bool scalar=False, *, bool gated=False, Tensor(a!)? logits=None) -> Tensor");
   m.def("linear_pack_int(Tensor q, Tensor? scale) -> Tensor");
-  m.def("linear_int(Tensor x, Tensor packed, Tensor? scale, int n, Tensor? bias, bool scalar=False, *, Tensor(a!)? logits=None)"
+  m.def("linear_int(Tensor x, Tensor packed, Tensor? scale, int n, Tensor? bias, bool scalar=False, *, bool gated=False, Tensor(a!)? logits=None)"
         " -> Tensor");
   m.def("gumbel(int seed, int position, int vocab) -> Tensor", specedge::gumbel_op);
   m.def("sample(Tensor logits, Tensor noise, Tensor noise_row, Tensor inv_temperature, int limit, bool scalar=False) -> Tensor");

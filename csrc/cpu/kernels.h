@@ -64,7 +64,10 @@ struct Attention {
 void attention(const Attention<float>& a, bool scalar);
 void attention(const Attention<bf16>& a, bool scalar);
 
-// y = x W^T (times scale [n]) (plus bias [n]); those may be null. It goes to logits, if they are there, else to out.
+constexpr int64_t COLUMNS = 32;  // of a panel of weights
+
+// y = x W^T (times scale) (plus bias), which may be null. It goes to logits, if they are there, else to out. Of a gated layer each panel holds 16
+// columns of a gate and the 16 of its multiplicand, and y is silu(gate) * up [rows][n]; scale and bias are in the order of the columns.
 template <class T>
 struct Linear {
   const T* x;
@@ -74,6 +77,9 @@ struct Linear {
   T* out;
   float* logits;
   int64_t rows, n, k;
+  bool gated;
+
+  int64_t panels() const { return gated ? (n + LANES - 1) / LANES : (n + COLUMNS - 1) / COLUMNS; }
 };
 // Words of 4 bytes that the weights of an output take; of bf16 whole tiles where tiles are multiplied (amx.h).
 template <class T>

@@ -108,8 +108,8 @@ void run(const Linear<typename Step::T>& a) {
     f(x + row * steps + from, steps, w + (panel * steps + from) * COLUMNS, steps * COLUMNS, to - from, sums);
   };
   const auto done = [=](int64_t panel, int64_t panels, const float* sums) { finish<V>(a, panel, panels, sums); };
-  const double work = double(a.n) * double(a.k) * (0.1 + 0.01 * double(a.rows));
-  walk(a.rows, (a.n + COLUMNS - 1) / COLUMNS, steps, COLUMNS * 4, Shape<V>::WIDE, Shape<V>::TALL, work, add, done);
+  const double work = double(a.panels() * COLUMNS) * double(a.k) * (0.1 + 0.01 * double(a.rows));
+  walk(a.rows, a.panels(), steps, COLUMNS * 4, Shape<V>::WIDE, Shape<V>::TALL, work, add, done);
 }
 
 #ifdef __AMX_TILE__
@@ -159,8 +159,8 @@ void run_tiles(const Linear<bf16>& a, bool scalar) {
     f(p, x.at(p.row, 2 * p.from));
   };
   const auto done = [&](int64_t panel, const float* sums) { finish<Native>(a, panel, 1, sums, COLUMNS); };
-  const double work = double(a.n) * double(a.k) * (0.1 + 0.001 * double(a.rows));
-  walk_tiles(x.rows, (a.n + COLUMNS - 1) / COLUMNS, words<bf16>(a.k), COLUMNS * 4, x.rows * x.width * 2, a.packed, work, tile, done);
+  const double work = double(a.panels() * COLUMNS) * double(a.k) * (0.1 + 0.001 * double(a.rows));
+  walk_tiles(x.rows, a.panels(), words<bf16>(a.k), COLUMNS * 4, x.rows * x.width * 2, a.packed, work, tile, done);
 }
 #endif
 
@@ -185,7 +185,7 @@ void linear(const Linear<float>& a, bool scalar) {
 template <>
 void linear(const Linear<bf16>& a, bool scalar) {
 #ifdef __AMX_TILE__
-  in_slices(a.rows, a.k * 2, (a.n + COLUMNS - 1) / COLUMNS, [&](int64_t first, int64_t rows) {
+  in_slices(a.rows, a.k * 2, a.panels(), [&](int64_t first, int64_t rows) {
     Linear<bf16> slice = a;
     slice.x += first * a.k, slice.rows = rows;
     if (a.logits) slice.logits += first * a.n;

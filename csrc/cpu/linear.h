@@ -13,7 +13,6 @@
 
 namespace specedge {
 
-constexpr int64_t COLUMNS = 32;             // of a panel
 constexpr int64_t SUMS = 2 * COLUMNS;       // between rows of sums
 constexpr int64_t BLOCK_BYTES = 128 << 10;  // of a panel: an eighth of L2
 constexpr int64_t AHEAD = 4096;             // bytes that a tile prefetches ahead: past the page where the hardware stops
@@ -41,21 +40,30 @@ void walk(int64_t rows, int64_t panels, int64_t steps, int64_t step_bytes, int64
   });
 }
 
-// Round the sums [rows][apart] of a panel or two to the output: times scale [n] (if there is one), plus bias. Logits are rounded all the same.
+// Round the sums [rows][apart] of a panel or two to the output: times scale (if there is one), plus bias. Logits are rounded all the same, and so
+// are gate and up before they are multiplied: as if each had been written first.
 template <class V, class T>
 void finish(const Linear<T>& a, int64_t panel, int64_t panels, const float* sums, int64_t apart = SUMS) {
-  const int64_t begin = panel * COLUMNS, end = std::min(a.n, begin + panels * COLUMNS);
+  const auto rounded = [&](int64_t r, int64_t c, int n, T* to) {
+    V y = V::load(sums + r * apart + c - panel * COLUMNS);
+    if (a.scale) y = y * V::load(a.scale + c, n);
+    if (a.bias) y = y + V::load(a.bias + c, n);
+    y.store(to, n);
+  };
+  T gate[LANES], up[LANES];
   for (int64_t r = 0; r < a.rows; r++)
-    for (int64_t c = begin; c < end; c += LANES) {
-      const int n = int(std::min<int64_t>(LANES, end - c));
-      V y = V::load(sums + r * apart + c - begin);
-      if (a.scale) y = y * V::load(a.scale + c, n);
-      if (a.bias) y = y + V::load(a.bias + c, n);
-      if (a.logits) {
-        T rounded[LANES];
-        y.store(rounded), V::load(rounded).store(a.logits + r * a.n + c, n);
-      } else {
-        y.store(a.out + r * a.n + c, n);
+    for (int64_t p = panel; p < panel + panels; p++) {
+      if (a.gated) {
+        rounded(r, p * COLUMNS, LANES, gate), rounded(r, p * COLUMNS + LANES, LANES, up);
+        silu_mul(V::load(gate), V::load(up)).store(a.out + r * a.n + p * LANES, int(std::min<int64_t>(LANES, a.n - p * LANES)));
+        continue;
+      }
+      for (int64_t c = p * COLUMNS; c < std::min(a.n, (p + 1) * COLUMNS); c += LANES) {
+        const int n = int(std::min<int64_t>(LANES, a.n - c));
+        if (a.logits)
+          rounded(r, c, n, gate), V::load(gate, n).store(a.logits + r * a.n + c, n);
+        else
+          rounded(r, c, n, a.out + r * a.n + c);
       }
     }
 }

@@ -237,8 +237,8 @@ void run_as(const Linear<T>& a) {
            static_cast<const uint8_t*>(a.packed) + (panel * c.steps + from) * BYTES, c.k, c.steps, c.steps * BYTES, to - from, sums});
   };
   const auto done = [&](int64_t panel, int64_t panels, const float* sums) { finish<typename I::V>(a, panel, panels, sums); };
-  const double work = double(a.n) * double(a.k) * (0.05 + 0.005 * double(a.rows));
-  walk(a.rows, (a.n + COLUMNS - 1) / COLUMNS, c.steps, BYTES, WIDE, TALL, work, add, done);
+  const double work = double(a.panels() * COLUMNS) * double(a.k) * (0.05 + 0.005 * double(a.rows));
+  walk(a.rows, a.panels(), c.steps, BYTES, WIDE, TALL, work, add, done);
 }
 
 #ifdef __AMX_TILE__
@@ -285,8 +285,8 @@ void run_tiles8(const Linear<T>& a) {
     f(p, x.at(p.row, p.from * INPUTS), c, std::min(a.rows - p.row, PAIR));
   };
   const auto done = [&](int64_t panel, const float* sums) { finish<Native>(a, panel, 1, sums, COLUMNS); };
-  const double work = double(a.n) * double(a.k) * (0.05 + 0.001 * double(a.rows));
-  walk_tiles(x.rows, (a.n + COLUMNS - 1) / COLUMNS, c.steps, STEP8, x.rows * x.width, a.packed, work, tile, done);
+  const double work = double(a.panels() * COLUMNS) * double(a.k) * (0.05 + 0.001 * double(a.rows));
+  walk_tiles(x.rows, a.panels(), c.steps, STEP8, x.rows * x.width, a.packed, work, tile, done);
 }
 #endif
 
@@ -295,7 +295,7 @@ void run(const Linear<T>& a, bool scalar) {
   if (scalar) return run_as<ScalarInts, BITS>(a);
 #ifdef __AMX_TILE__
   if (BITS == 8)
-    return in_slices(a.rows, a.k, (a.n + COLUMNS - 1) / COLUMNS, [&](int64_t first, int64_t rows) {
+    return in_slices(a.rows, a.k, a.panels(), [&](int64_t first, int64_t rows) {
       Linear<T> slice = a;
       slice.x += first * a.k, slice.rows = rows;
     if (a.logits) slice.logits += first * a.n;

@@ -37,12 +37,10 @@ void add_row(const T* x, const T* residual, T* total, int64_t width) {
 
 template <class V, class T>
 void silu_row(const T* gate, const T* up, T* out, int64_t width) {
-  const V one = V::set(1), zero = V::set(0);
-  const auto f = [&](V g, V u) { return g / (one + exp(zero - g)) * u; };
   int64_t i = 0;
-  for (; i + LANES <= width; i += LANES) f(V::load(gate + i), V::load(up + i)).store(out + i);
+  for (; i + LANES <= width; i += LANES) silu_mul(V::load(gate + i), V::load(up + i)).store(out + i);
   const int tail = int(width - i);
-  if (tail) f(V::load(gate + i, tail), V::load(up + i, tail)).store(out + i, tail);
+  if (tail) silu_mul(V::load(gate + i, tail), V::load(up + i, tail)).store(out + i, tail);
 }
 
 template <class V, class T>
@@ -56,15 +54,18 @@ void rotate(const T* in, T* out, const float* cos, const float* sin, int64_t hal
 }
 
 template <class V, class T>
-void rope_row(const Rope<T>& a, int64_t row) {
-  const int64_t half = a.dim / 2, position = a.positions[row], slot = a.slots[row] * a.kv_heads * a.dim;
+void rope_queries(const Rope<T>& a, int64_t row) {
+  const int64_t half = a.dim / 2, position = a.positions[row] * half;
   const T* in = a.qkv + row * (a.heads + 2 * a.kv_heads) * a.dim;
-  const float *cos = a.cos + position * half, *sin = a.sin + position * half;
-  for (int64_t h = 0; h < a.heads; h++) rotate<V>(in + h * a.dim, a.q + (row * a.heads + h) * a.dim, cos, sin, half);
-  in += a.heads * a.dim;
-  for (int64_t h = 0; h < a.kv_heads; h++) rotate<V>(in + h * a.dim, a.k + slot + h * a.dim, cos, sin, half);
-  in += a.kv_heads * a.dim;
-  std::copy_n(in, a.kv_heads * a.dim, a.v + slot);
+  for (int64_t h = 0; h < a.heads; h++) rotate<V>(in + h * a.dim, a.q + (row * a.heads + h) * a.dim, a.cos + position, a.sin + position, half);
+}
+
+template <class V, class T>
+void write_kv(const Rope<T>& a, int64_t row) {
+  const int64_t half = a.dim / 2, position = a.positions[row] * half, slot = a.slots[row] * a.kv_heads * a.dim;
+  const T* in = a.qkv + (row * (a.heads + 2 * a.kv_heads) + a.heads) * a.dim;
+  for (int64_t h = 0; h < a.kv_heads; h++) rotate<V>(in + h * a.dim, a.k + slot + h * a.dim, a.cos + position, a.sin + position, half);
+  std::copy_n(in + a.kv_heads * a.dim, a.kv_heads * a.dim, a.v + slot);
 }
 
 }  // namespace
@@ -92,10 +93,13 @@ void silu_mul(const T* x, T* out, int64_t rows, int64_t width, bool scalar) {
   for_each(rows, double(rows) * double(width), [=](int64_t r) { row(x + 2 * r * width, x + (2 * r + 1) * width, out + r * width, width); });
 }
 
-// One thread: rows may share a slot only by mistake, but then the last one wins here as in the reference.
+// Keys on one thread: rows may share a slot only by mistake, but then the last one wins here as in the reference.
 template <class T>
 void rope_write(const Rope<T>& a, bool scalar) {
-  for (int64_t r = 0; r < a.rows; r++) scalar ? rope_row<Scalar>(a, r) : rope_row<Native>(a, r);
+  const auto queries = scalar ? rope_queries<Scalar, T> : rope_queries<Native, T>;
+  const auto kv = scalar ? write_kv<Scalar, T> : write_kv<Native, T>;
+  for_each(a.rows, double(a.rows * a.heads * a.dim) / 3, [&](int64_t r) { queries(a, r); });
+  for (int64_t r = 0; r < a.rows; r++) kv(a, r);
 }
 
 template void rms_norm(const float*, const float*, float*, int64_t, int64_t, float, bool);

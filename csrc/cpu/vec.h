@@ -328,4 +328,9 @@ inline V exp(V x) {
   return p * pow2(t);
 }
 
+template <class V>
+V silu_mul(V gate, V up) {
+  return gate / (V::set(1) + exp(V::set(0) - gate)) * up;
+}
+
 }  // namespace specedge

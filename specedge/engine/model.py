@@ -23,7 +23,7 @@ class Decoder:
         self.cos, self.sin = (t.to(device) for t in angles(config, positions))
 
     def forward(self, batch: StepBatch, rows: Tensor, pages: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Logits `[n, V]` float32 of the wanted rows, in `logits` if it is there; writes the K/V of all rows of the batch to their slots in `rows`."""
+        """Logits `[n, V]` float32 of the wanted rows, in `logits` if that is there; writes the K/V of all rows to their slots in `rows`."""
         c, w = self.config, self.weights
         x = w.embedding[batch.tokens]
         y = kernels.rms_norm(x, w.layers[0].input_norm, c.norm_eps)
@@ -41,5 +41,5 @@ class Decoder:
                 q, rows[i], pages[i], batch.segments, batch.page_table, batch.positions, batch.k_pos, batch.anc, c.head_dim**-0.5, self.windows[i]
             )
             y, x = kernels.add_rms_norm(layer.out(o.flatten(1)), x, layer.post_norm, c.norm_eps)
-            y, x = kernels.add_rms_norm(layer.down(kernels.silu_mul(layer.gate_up(y))), x, next_norm, c.norm_eps)
+            y, x = kernels.add_rms_norm(layer.down(layer.gate_up(y)), x, next_norm, c.norm_eps)
         return w.head(y[batch.wanted], logits).float()

@@ -108,7 +108,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: BatchBuilder) -> Tensor:
-        """Logits `[n, V]` float32 of the rows that the batch wants; the next run overwrites them. In new memory 64 rows of 152 k took 16 ms longer."""
+        """Logits `[n, V]` float32 of the rows that the batch wants; the next run overwrites them (in new memory 64 rows of 152 k took 16 ms)."""
         built = batch.build(self.device)
         if len(built.wanted) > len(self._logits):
             self._logits = self._logits.new_empty((len(built.wanted), self._logits.shape[1]))

@@ -37,7 +37,7 @@ class ModelError(SpecedgeError):
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer; `qkv` holds q, k, v and `gate_up` holds gate, up, one behind the other."""
+    """One decoder layer; `qkv` holds q, k, v and `gate_up` gate, up, one behind the other; it multiplies them."""
 
     input_norm: Tensor
     qkv: Linear
@@ -299,10 +299,10 @@ def assemble(get: Get, c: ModelConfig, bits: int | None = None) -> Weights:
 
 
 def _layers(get: Get, c: ModelConfig, bits: int | None) -> Iterator[LayerWeights]:
-    def linear(width: int, bias: bool, *parts: tuple[str, int]) -> Linear:
+    def linear(width: int, bias: bool, *parts: tuple[str, int], gated: bool = False) -> Linear:
         """Layers of (name, rows) over inputs of `width`, stacked by rows into one."""
         weight = torch.cat([get(f"{name}.weight", rows, width) for name, rows in parts])
-        return Linear(weight, torch.cat([get(f"{name}.bias", rows) for name, rows in parts]) if bias else None, bits)
+        return Linear(weight, torch.cat([get(f"{name}.bias", rows) for name, rows in parts]) if bias else None, bits, gated)
 
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     for i in range(c.layers):
@@ -313,7 +313,7 @@ def _layers(get: Get, c: ModelConfig, bits: int | None) -> Iterator[LayerWeights
             qkv=linear(c.hidden, c.qkv_bias, (attn + "q_proj", q), (attn + "k_proj", kv), (attn + "v_proj", kv)),
             out=linear(q, c.out_bias, (attn + "o_proj", c.hidden)),
             post_norm=get(at + "post_attention_layernorm.weight", c.hidden),
-            gate_up=linear(c.hidden, c.mlp_bias, (mlp + "gate_proj", c.ffn), (mlp + "up_proj", c.ffn)),
+            gate_up=linear(c.hidden, c.mlp_bias, (mlp + "gate_proj", c.ffn), (mlp + "up_proj", c.ffn), gated=True),
             down=linear(c.ffn, c.mlp_bias, (mlp + "down_proj", c.hidden)),
             qk_norm=(get(attn + "q_norm.weight", c.head_dim), get(attn + "k_norm.weight", c.head_dim)) if c.qk_norm else None,
         )

@@ -164,3 +164,21 @@ def test_bad_arguments_are_refused(cpp: Any) -> None:
             cpp.linear_int(*args)
     with pytest.raises(RuntimeError, match="scale is"):
         cpp.linear_pack_int(w.to(torch.int8), torch.ones(40, 3).bfloat16())
+
+
+@given(st.integers(1, 70), st.integers(1, 80), st.integers(1, 150), st.sampled_from([None, 8, 4]), st.booleans(), st.sampled_from(DTYPES))
+@settings(max_examples=40, deadline=None)
+def test_a_gated_layer_is_silu_mul_of_a_plain_one(rows: int, ffn: int, k: int, bits: int | None, bias: bool, dtype: torch.dtype) -> None:
+    x, w, b = (torch.randn(*shape).to(dtype) for shape in ((rows, k), (2 * ffn, k), (2 * ffn,)))
+    got = Linear(w, b if bias else None, bits, gated=True)(x)
+    assert torch.equal(got, kernels.silu_mul(Linear(w, b if bias else None, bits)(x)))
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 33, 70])
+def test_logits_are_the_outputs_in_float32(rows: int, dtype: torch.dtype, bits: int | None) -> None:
+    x, w = torch.randn(rows, 96).to(dtype), torch.randn(105, 96).to(dtype)
+    layer, into = Linear(w, None, bits), torch.full((rows, 105), torch.nan)
+    assert layer(x, into) is into or layer.kind.startswith("C++")
+    assert torch.equal(into, layer(x).float())
