@@ -183,7 +183,8 @@ class Engine(TextEngine):
         running = [s for s in self._running if not s.held]
         batch, jobs = self.runner.batch(), list[Job]()
         expected = any(not s.batch and (t := s.turn(begun)) is not None and not t.ready for s in running)
-        for grant in schedule(self._wants(running, most), self.runner.sizes.max_rows, self._credit, self.cost, most, expected):
+        wants, order = self._wants(running, most)
+        for grant in schedule(wants, self.runner.sizes.max_rows, self._credit, self.cost, most, expected, order):
             s = running[grant.index]
             tree = self._tree(s, grant)
             if self._reserve(s, s.computed + grant.chain + int(tree.depths().max()), jobs):
@@ -264,10 +265,12 @@ class Engine(TextEngine):
         found = [t for s in running if not s.batch and (t := s.turn(now)) is not None]
         return found if any(t.ready for t in found) else None
 
-    def _wants(self, running: list[Sequence], most: int) -> list[Want]:
-        """What each wants of the next step: of its tree, the nodes that are worth their rows beside those of the others whose turn it is."""
+    def _wants(self, running: list[Sequence], most: int) -> tuple[list[Want], list[int]]:
+        """What each wants of the next step, of its tree the nodes that are worth their rows beside those of the others whose turn it is; and the
+        order of their turns."""
         wants = [Want(s.pending, s.wants_token, len(s.tree) if s.tree is not None else 0, s.account, s.batch) for s in running]
-        ready = [i for i in turns(wants, self._credit) if wants[i].token and wants[i].chain <= LEAST]  # else it is a prompt
+        order = turns(wants, self._credit)
+        ready = [i for i in order if wants[i].token and wants[i].chain <= LEAST]  # else it is a prompt
         ready = [i for i in ready if not wants[i].batch][:most] or ready
         if self.runner.sizes.admission and any(wants[i].nodes for i in ready):
             rows = sum(wants[i].chain for i in ready)
@@ -278,7 +281,7 @@ class Engine(TextEngine):
             )  # fmt: skip
             for i, nodes in zip(ready, chosen, strict=True):
                 wants[i] = replace(wants[i], nodes=nodes)
-        return wants
+        return wants, order
 
     def _learn(self, jobs: list[Job], verdicts: list[Verdict], rows: int, context: int, begun: float) -> None:
         """Remember how long the step took and what was accepted. A step for batch alone, while there are others, is part of the pause between theirs:

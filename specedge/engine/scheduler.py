@@ -8,7 +8,7 @@ pass `max_rows`; accounts take turns, and within an account whoever has waited l
 import heapq
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from specedge.config import MAX_ROWS_PER_TREE
 from specedge.engine.cost import CostModel
@@ -51,18 +51,19 @@ class Grant:
 
 def schedule(
     wants: Sequence[Want], max_rows: int, credit: dict[Hashable, int] | None = None, cost: CostModel | None = None, most: int = ALL,
-    expected: bool = False,
+    expected: bool = False, order: list[int] | None = None,
 ) -> list[Grant]:  # fmt: skip
     """Divide `max_rows` rows among `wants`, which come in order of waiting time, longest first. `credit`: what accounts are owed of earlier steps; it
     is brought up to date. `cost`: what is known of the time of a step. `most`: sequences, batch apart, that get a token in it. `expected`: somebody
-    else who is not batch may come while it runs, for whose sake prompts alone take no step of more than `STALL` times an empty one.
+    else who is not batch may come while it runs, for whose sake prompts alone take no step of more than `STALL` times an empty one. `order`: whose
+    turn it is, where that has been found already: trees that were cut since must not change it.
 
     First those whose next token is in reach, then prompt chunks. A tree that does not fit any more waits whole; one that would not fit an
-    empty step is cut, which is safe because every prefix of a tree is a tree. Last come those who are batch: beside others, and while others are
-    expected, they have the rows under the knee that are left, to which their trees are cut; else the whole step.
+    empty step, less what is owed to prompts, is cut, which is safe because every prefix of a tree is a tree. Last come those who are batch: beside
+    others, and while others are expected, they have the rows under the knee that are left, to which their trees are cut; else the whole step.
     """
     credit = {} if credit is None else credit
-    order = turns(wants, credit)
+    order = turns(wants, credit) if order is None else order
     grants = _divide(wants, [i for i in order if not wants[i].batch], max_rows, cost, most, expected)
     free = max_rows - sum(g.rows for g in grants)
     if grants or expected:
@@ -125,16 +126,21 @@ def _rows_within(time: float, rows: int, cost: CostModel) -> int:
 
 def _divide(wants: Sequence[Want], order: list[int], max_rows: int, cost: CostModel | None, most: int, expected: bool) -> list[Grant]:
     grants: list[Grant] = []
-    free = max_rows
     answers = {i: _answer(i, wants[i], max_rows) for i in order}
     rooted = [g.rows for g in answers.values() if g is not None and g.chain == 1][:most]  # of those who have computed all but their roots
     longest = chunk(sum(rooted), len(rooted), 1, cost) if rooted else chunk_alone(expected, cost)
     answers = {i: g if g is not None and g.chain - 1 <= longest else None for i, g in answers.items()}  # the others are prompts
-    owed = min(CHUNK_BESIDE_TREES, sum(wants[i].chain - 1 for i, answer in answers.items() if answer is None))
+    owed = min(CHUNK_BESIDE_TREES, max_rows // 2, sum(wants[i].chain - 1 for i, answer in answers.items() if answer is None))
+    free = max_rows - owed  # the rounds of others must not starve a prompt
+    answers = {i: g if g is not None and g.chain <= free else None for i, g in answers.items()}
     for grant in answers.values():
-        if grant is not None and len(grants) < most and grant.rows <= free - (owed if grants else 0):  # the rounds of many must not starve a prompt
-            grants.append(grant)
-            free -= grant.rows
+        if grant is not None and len(grants) < most:
+            if not grants and grant.rows > free:
+                grant = replace(grant, nodes=free - grant.chain)
+            if grant.rows <= free:
+                grants.append(grant)
+                free -= grant.rows
+    free += owed
     prompts = [i for i in order if answers[i] is None and wants[i].chain > 1]
     if prompts:
         free = min(free, chunk(max_rows - free, len(grants), len(prompts), cost) if grants else chunk_alone(expected, cost))

@@ -83,6 +83,15 @@ def test_the_rounds_of_many_do_not_starve_a_prompt() -> None:
     assert Grant(0, CHUNK_BESIDE_TREES, False) in grants and len(grants) >= 14
 
 
+@given(WANTS, st.integers(2, 300), st.integers(0, 255))
+def test_no_tree_takes_what_a_prompt_is_owed(others: list[Want], max_rows: int, nodes: int) -> None:
+    """Without admission trees come whole, and the largest fills a step."""
+    grants = schedule([Want(1, True, nodes), *others, Want(5000, False)], max_rows)
+    if any(g.token for g in grants):
+        prompts = [g.rows for g in grants if not g.token]
+        assert sum(prompts) >= min(CHUNK_BESIDE_TREES, max_rows // 2)
+
+
 def test_a_prompt_fills_the_rows_under_the_knee() -> None:
     gpu = Known(GPU)
     assert GPU[2] - 32 * 5 <= chunk(32 * 5, 5, 1, gpu) < 90, "20 rows are free, and a fifth of the step's time beside"
@@ -136,6 +145,16 @@ def test_accounts_take_turns() -> None:
     assert turns(wants, {})[:3] == [0, 9, 10]
     assert turns(wants, {"greedy": -256})[:3] == [9, 10, 0], "who had more than its share comes last"
     assert turns(wants, {"greedy": -256, "bob": 9})[:2] == [10, 9], "who is owed something first"
+
+
+def test_trees_that_are_cut_keep_their_turns() -> None:
+    """By their whole trees a comes once and b twice; by what is left of them it would be a's turn again, with a tree that nobody has judged."""
+    whole = [Want(1, True, 255, "a"), Want(1, True, 255, "a"), Want(1, True, 1, "b"), Want(1, True, 1, "b")]
+    order = turns(whole, {})
+    assert order == [0, 2, 3, 1]
+    cut = [replace(w, nodes=0) if i in order[:3] else w for i, w in enumerate(whole)]
+    assert [g.index for g in schedule(cut, 512, {}, None, 3, False, order)] == [0, 2, 3]
+    assert turns(cut, {}) == [0, 2, 1, 3]
 
 
 def rounds(trees: list[list[int]], max_rows: int, steps: int) -> Iterator[Counter[Hashable]]:

@@ -7,6 +7,7 @@ import pytest
 
 from specedge.config import SamplingParams
 from specedge.engine.engine import Engine
+from specedge.engine.request import Account
 from specedge.tree import EMPTY, make_tree
 from tests.engine.test_admission import Known
 from tests.helpers import check_empty, engine, random_model
@@ -47,6 +48,23 @@ def test_hopeless_nodes_are_not_verified_where_rows_cost(model: Path) -> None:
     rows = rounds(e, truth, 15, honest=False)
     assert sum(rows[-100:]) < 130, "after a while it is all but plain decoding"
     assert max(rows[40:]) > 1, "and sometimes it is tried again"
+
+
+def test_every_tree_of_a_step_is_judged(model: Path) -> None:
+    """Two accounts and a step for three: nobody gets in by an order that the cut trees would have, with a tree that was not cut."""
+    e = with_cost(model, STEEP)
+    accounts = [Account(b"a"), Account(b"b")]
+    trees = [make_tree([1] * n, list(range(n))) for n in (100, 100, 2, 2)]
+    sequences = [e.open([i + 1, 2], PARAMS, account=accounts[i // 2]) for i in range(4)]
+    for s in sequences:
+        e.offer(s, EMPTY)
+    e.step()
+    for s, tree in zip(sequences, trees, strict=True):
+        e.offer(s, tree)
+        e.admission._gap, s.acceptance.rounds, s.acceptance.due = 0.0, 20, 40  # nothing is tried out in this round
+    verdicts = e.step(3)
+    assert [v.sequence for v in verdicts] == [sequences[0], *sequences[2:]]
+    assert sum(v.verified for v in verdicts) < 9, "a row costs as much as a step"
 
 
 def test_good_nodes_are_and_free_ones_too(model: Path) -> None:
