@@ -29,6 +29,7 @@ from specedge.engine.verify import Found, Job
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree
 
+TURN = 10.0  # seconds that sequences have pages, once their known tokens are computed, before they give them up to who has waited as long
 CALIBRATED = (1, 4, 8, 16, 32, 64)  # rows of a pass
 
 
@@ -117,7 +118,7 @@ class Engine(TextEngine):
             raise RequestError(f"{asked} exceed the context of {self.runner.context}: shorten one of them")
         if not 0 < sequence.prompt_len <= len(tokens) < sequence.limit:
             raise RequestError(f"{len(tokens)} known tokens do not lie between the prompt of {sequence.prompt_len} and the limit of {sequence.limit}")
-        sequence.keys = self.pool.keys(tokens, sequence.account.name)
+        sequence.keys, sequence.since = self.pool.keys(tokens, sequence.account.name), time.monotonic()
         self._waiting.append(sequence)
         return sequence
 
@@ -157,14 +158,14 @@ class Engine(TextEngine):
     @property
     def busy(self) -> bool:
         """Whether a step would find work."""
-        if self.guard.behind or self._admissible() is not None:
+        if self.guard.behind or self._admissible(time.monotonic()) is not None:
             return True
         return any(not s.idle for s in self._running)
 
     @property
     def starved(self) -> bool:
         """Whether somebody waits for pages who could be served with them."""
-        return self._next() is not None and self._admissible() is None
+        return self._next() is not None and self._admissible(time.monotonic()) is None
 
     def park(self, sequence: Sequence) -> None:
         """Take the pages of a sequence that is idle, until it wants something: then they are found in the cache, or computed again."""
@@ -204,29 +205,44 @@ class Engine(TextEngine):
         return verdicts
 
     def _admit(self) -> None:
-        """Move sequences from waiting to running, in order of arrival, while there is room for what they hold already."""
-        while (s := self._admissible()) is not None:
-            self._waiting.remove(s)
-            s.table, s.computed = self.pool.open(s.tokens, s.account.name)
-            s.parked = False
-            self._running.append(s)
+        """Move sequences from waiting to running, in order of arrival, while there is room for what they hold already. Who makes room goes to the end
+        of the line."""
+        now = time.monotonic()
+        for s in self._waiting:
+            if not s.wants_pages:
+                s.since = now
+        while (first := self._admissible(now)) is not None:
+            while not self._fits(first, self._running):
+                last = min((r for r in self._running if _yields(r, first, now)), key=lambda r: (not r.batch, r.since))
+                self._opened += 1
+                last.order = self._opened
+                self._preempt(last)
+            self._waiting.remove(first)
+            first.table, first.computed = self.pool.open(first.tokens, first.account.name)
+            first.parked, first.since = False, now
+            self._running.append(first)
 
-    def _admissible(self) -> Sequence | None:
-        """The next that waits, if it has room beside the tokens of all who run, with a page to spare for each: else it would be preempted soon."""
+    def _admissible(self, now: float) -> Sequence | None:
+        """The next that waits, if there is room beside those who do not yield to it."""
         first = self._next()
-        if first is None or len(self._running) >= self.runner.sizes.max_sequences:
-            return None
-        yielding = [s for s in self._running if s.batch and not first.batch]  # whose pages `_reserve` would take
-        staying = [s for s in self._running if s not in yielding]
-        owed = sum(1 + max(0, self.pool.pages_for(len(s.tokens)) - len(s.table.pages)) for s in staying if s.table)
-        room = self.pool.available + sum(len(s.table.pages) for s in yielding if s.table)
-        return None if staying and self.pool.pages_for(len(first.tokens)) + owed > room else first
+        return first if first is not None and self._fits(first, [s for s in self._running if not _yields(s, first, now)]) else None
+
+    def _fits(self, s: Sequence, others: list[Sequence]) -> bool:
+        """Whether there is room for `s` if of those who run `others` alone stay, with all their tokens and a page to spare for each: else it would be
+        preempted soon."""
+        room = self.pool.available
+        if len(others) < len(self._running):
+            room += len(_pages(self._running) - _pages(others))
+        owed = sum(1 + max(0, self.pool.pages_for(len(o.tokens)) - len(o.table.pages)) for o in others if o.table)
+        return len(others) < self.runner.sizes.max_sequences and (not others or self.pool.pages_for(len(s.tokens)) + owed <= room)
 
     def _next(self) -> Sequence | None:
         """The first that waits and would run, those of batch last. One that begins with a page which is being computed right now lets others pass:
         soon it finds that page and need not compute it again."""
+        if not self._waiting:
+            return None
         size = self.pool.page_size
-        started = [r for r in self._running if self._waiting and r.computed // size < len(r.keys)]
+        started = [r for r in self._running if r.computed // size < len(r.keys)]
         coming = {r.keys[r.computed // size] for r in started}
         soon = {r.keys[r.computed // size] for r in started if not r.batch}  # batch may stand still
         wanting = sorted((s for s in self._waiting if s.wants_pages), key=lambda s: (s.batch, s.order))
@@ -250,9 +266,9 @@ class Engine(TextEngine):
     def _preempt(self, s: Sequence) -> None:
         """Back to those who wait, without pages; one that is idle waits for something to do first."""
         assert s.table is not None
-        s.parked = s.idle
+        s.parked, s.since = s.idle, time.monotonic()
         s.table.close()
-        s.table, s.computed = None, 0
+        s.table, s.read, s.computed = None, max(s.read, s.computed), 0
         self._running.remove(s)
         self._waiting.insert(sum(w.order < s.order for w in self._waiting), s)
 
@@ -260,7 +276,7 @@ class Engine(TextEngine):
         """Who is ready for a step or expected soon, for a Pipeline; None if there is work for which nobody has to be waited: an interactive
         prompt, or that of batch sequences while no other is ready."""
         running = [s for s in self._running if not s.held]
-        if self.guard.behind or any(s.pending > 1 and not s.batch for s in running) or self._admissible() is not None:
+        if self.guard.behind or any(s.pending > 1 and not s.batch for s in running) or self._admissible(now) is not None:
             return None
         found = [t for s in running if not s.batch and (t := s.turn(now)) is not None]
         return found if any(t.ready for t in found) else None
@@ -325,7 +341,7 @@ class Engine(TextEngine):
             below = (1 << (grant.chain - 1)) - 1
             anc = [(1 << i + 1) - 1 for i in range(grant.chain - 1)] + [below | a << (grant.chain - 1) for a in tree.ancestors()]
         first, rows = batch.rows, grant.chain + len(tree)
-        s.account.prompt += grant.chain - grant.token
+        s.account.prompt += max(0, s.computed + grant.chain - grant.token - max(s.computed, s.read))
         s.account.verified += grant.token + len(tree)
         batch.add(
             tokens=chain + tree.tokens.tolist(),
@@ -351,6 +367,8 @@ class Engine(TextEngine):
             s.tree, s.finish = None, found.finish
             verified = job.grant.chain + len(job.tree)
             verdict = Verdict(s, base, found.row, path, (found.last,), verified, found.finish, found.logprobs)
+        else:
+            s.since = time.monotonic()  # its turn has yet to begin
         assert s.table is not None
         s.computed += kept
         s.table.fill(s.tokens, s.computed)
@@ -396,6 +414,16 @@ class Engine(TextEngine):
                     self._cancel(s)
                 self.guard.closed = True
                 del self.runner, self._verify
+
+
+def _yields(s: Sequence, other: Sequence, now: float) -> bool:
+    """Whether `s`, which runs, gives way to `other`, which waits: batch to what is not, and who has had a turn to who has waited for as long."""
+    return s.batch > other.batch or (s.batch == other.batch and now - max(s.since, other.since) > TURN)
+
+
+def _pages(sequences: list[Sequence]) -> set[int]:
+    """What they hold together."""
+    return {page for s in sequences if s.table for page in s.table.pages}
 
 
 def _within(tree: TokenTree, room: int) -> int:

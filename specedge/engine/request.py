@@ -43,6 +43,8 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)  # of the full pages that its known tokens begin with
     table: PageTable | None = None  # None while it waits for admission
     computed: int = 0
+    read: int = 0  # tokens that had their K/V before it was preempted: they are computed again, but not paid for
+    since: float = 0.0  # when it began to wait for pages; when its turn began, once it has them
     tree: TokenTree | None = None  # offered and not yet verified
     run_until: int = 0  # decode alone while the text is shorter
     finish: str = ""  # "stop" or "length" once it has ended
@@ -65,7 +67,7 @@ class Sequence:
     @property
     def held(self) -> bool:
         """Whether its account has to wait."""
-        return self.account.prompt_held if self.pending > 1 else self.account.verified_held
+        return self.account.prompt_held if max(self.computed, self.read) < len(self.tokens) - 1 else self.account.verified_held
 
     @property
     def alone(self) -> bool:

@@ -1,13 +1,15 @@
 """The engine's text is a function of model, prompt, parameters and seed: not of neighbours, chunks, trees, page sizes or cancelled work."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import specedge.engine.engine as engine_module
 from specedge.config import EngineConfig, SamplingParams
-from specedge.engine.engine import Engine
+from specedge.engine.engine import TURN, Engine
 from specedge.engine.request import Account, Sequence, walk
 from specedge.engine.texts import RequestError
 from specedge.tree import EMPTY, TreeError, make_tree
@@ -170,6 +172,32 @@ def test_preemption_takes_the_latest_and_changes_no_text(model: Path) -> None:
         assert id(opened[0]) not in gone, "the first must get on"
     assert [s.tokens[len(p) :] for s, p in zip(opened, many, strict=True)] == want
     assert preempted
+    check_empty(e)
+
+
+@pytest.mark.parametrize("sizes", [{"kv_tokens": 192}, {"max_sequences": 2}])
+def test_nobody_waits_for_ever_beside_active_edges(model: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int]) -> None:
+    """Five edges whose next tree is there 0.4 s after each verdict, and room for one or two: they take turns. Nobody waits for longer than the
+    turns of all others, nobody pays twice, and no text changes."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    many, params = [p[:30] + [i] * 20 for i, p in enumerate(prompts(5, 3))], SamplingParams(0.9, 140, seed=2)
+    truth = [engine(model).generate([p], params)[0].token_ids for p in many]
+    e = engine(model, page_size=16, **sizes)
+    accounts = [Account(bytes([i])) for i in range(5)]
+    opened = [e.open(p, params, account=a) for p, a in zip(many, accounts, strict=True)]
+    before, longest = dict.fromkeys(map(id, opened), clock.now), 0.0
+    while any(s in e._running and not s.finish for s in opened) or e.busy:
+        for s in opened:
+            if not s.finish and s.tree is None and clock.now > s.answered + 0.4:
+                e.offer(s, EMPTY)
+        for v in e.step():
+            longest = max(longest, clock.now - before[id(v.sequence)])
+            before[id(v.sequence)] = clock.now
+        clock.now += 0.5
+    assert [s.tokens[len(p) :] for s, p in zip(opened, many, strict=True)] == truth
+    assert TURN < longest < 8 * TURN, "four others, who wait for a turn and have one"
+    assert [(a.prompt, a.verified) for a in accounts] == [(len(p) - 1, 140) for p in many]
     check_empty(e)
 
 

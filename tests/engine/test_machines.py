@@ -1,9 +1,11 @@
 """Any order of operations on an engine, on its pages and on a drafter: books are right after every one of them, nothing leaks, every text ends
 after a bounded number of steps and is the text of an undisturbed engine. `make test-full` runs 10^5 operations on each."""
 
+import itertools
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
+import specedge.engine.engine as engine_module
 from specedge.config import DraftConfig, SamplingParams
 from specedge.engine.drafter import Drafter, Session
 from specedge.engine.engine import Engine
@@ -73,7 +76,10 @@ class Operations(RuleBasedStateMachine):
 
     @initialize(sizes=st.sampled_from(range(len(SIZES))), crowd=st.integers(0, 6), more=st.sampled_from([0, 40]))
     def begin(self, sizes: int, crowd: int, more: int) -> None:
-        """With a crowd of long texts from the start, which are idle or want to be longer still."""
+        """With a crowd of long texts from the start, which are idle or want to be longer still. Time passes with every look at the clock, so that
+        turns end and that nothing depends on the machine."""
+        clock = itertools.count(1.0, 0.1)
+        engine_module.time = SimpleNamespace(monotonic=lambda: next(clock))  # type: ignore[assignment]
         self.engine = Engine(self.runners[sizes])  # its pages hold what the last one left there
         self.texts: list[tuple[Sequence, list[int]]] = []
         self.rng = np.random.default_rng(0)
@@ -201,7 +207,8 @@ class Operations(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("operations", [1500, LONG])
-def test_any_order_of_operations_on_an_engine(operations: int, tmp_path: Path) -> None:
+def test_any_order_of_operations_on_an_engine(operations: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "time", None)  # to be put back in the end
     Operations.path = random_model(tmp_path, 4, num_hidden_layers=1)
     Operations.runners = [runner(tmp_path, **sizes) for sizes in SIZES]
     Operations.truth.cache_clear()
