@@ -157,11 +157,9 @@ class ServerRole:
         return [self._tokenizer.encode(t) for t in texts]
 
     def _engine(self, runner: LoggedRunner, admission: bool) -> LoggedEngine:
-        """A fresh one over a loaded model, calibrated as the server's command does it: no cached prefix of an earlier cell, nothing learned in it."""
+        """A fresh one over a loaded model: no cached prefix of an earlier cell, nothing learned in it."""
         runner.sizes = dataclasses.replace(runner.sizes, admission=admission)
-        engine = LoggedEngine(runner, self._tokenizer, runner.model.config.eos_ids)
-        engine.calibrate()
-        return engine
+        return LoggedEngine(runner, self._tokenizer, runner.model.config.eos_ids)
 
     def start(self, admission: bool, pipeline: bool) -> str:
         """Serve; returns host:port."""

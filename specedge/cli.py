@@ -126,7 +126,6 @@ def _serve(args: argparse.Namespace) -> int:
     path = DEMO / "target" if args.demo else locate(args.model, args.revision)
     sizes = EngineConfig(kv_tokens=args.kv_tokens, max_rows=args.max_rows, admission=args.admission, gpu_share=args.gpu_share)
     engine = Engine.from_pretrained(path, device=args.device, dtype=args.dtype, sizes=sizes, progress=sys.stderr.isatty())
-    engine.calibrate()
     model = fingerprint(path, engine.runner.dtype, engine.runner.model.weights.bits)
     serving = Server(engine, args.listen, model=model, keys=args.keys, insecure=args.insecure, pipeline=args.pipeline)
     stop = threading.Event()

@@ -16,7 +16,7 @@ from pathlib import Path
 from specedge.config import EngineConfig, SamplingParams, is_batch
 from specedge.engine.admission import Admission
 from specedge.engine.batch import BatchBuilder
-from specedge.engine.cost import ENOUGH, CostModel
+from specedge.engine.cost import CostModel
 from specedge.engine.graphs import make_verifier
 from specedge.engine.hub import locate
 from specedge.engine.pages import OutOfPages, PagePool
@@ -30,7 +30,6 @@ from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree
 
 TURN = 10.0  # seconds that sequences have pages, once their known tokens are computed, before they give them up to who has waited as long
-CALIBRATED = (1, 4, 8, 16, 32, 64)  # rows of a pass
 
 
 class Engine(TextEngine):
@@ -66,23 +65,6 @@ class Engine(TextEngine):
         sizes, path = sizes or EngineConfig(), locate(path, revision)
         runner = Runner.load(path, sizes, sizes.max_rows, device, dtype, progress)
         return cls(runner, Tokenizer.from_dir(path, runner.model.config.vocab), runner.model.config.eos_ids)
-
-    @alone
-    def calibrate(self) -> None:
-        """Learn how long steps take before somebody waits for one: passes of 1 to 64 rows over nothing, which leave nothing. The prior that holds
-        otherwise until 24 passes were seen, a row for an eighth of a pass, may be far off: with tile registers 16 rows took 98 ms and one 85. On a
-        GPU passes are captured, and the prior, by which 64 rows are nearly free, is near enough."""
-        if self.runner.device.type != "cpu":
-            return
-        sizes = [rows for rows in CALIBRATED if rows <= self.runner.sizes.max_rows]
-        for turn in range(1 + ENOUGH // len(CALIBRATED)):
-            for rows in sizes:
-                batch, begun = self.runner.batch(), time.monotonic()
-                every = list(range(rows))
-                batch.add([0] * rows, every, every, (0, rows), 0, [0], None, every)
-                self.runner.run(batch)
-                if turn:  # the first is slower than all others
-                    self.cost.observe(rows, 0, time.monotonic() - begun)
 
     @property
     def guard(self) -> Guard:

@@ -145,15 +145,3 @@ def test_a_step_for_few(model: Path) -> None:
     e.offer(sequences[0], EMPTY)
     assert [v.sequence for v in e.step(2)] == sequences[2:4]
     assert [v.sequence for v in e.step(2)] == [sequences[4], sequences[0]], "whoever has waited longest"
-
-
-def test_a_calibrated_engine_knows_the_time_of_steps(model: Path) -> None:
-    """Before it has served anybody, and without a trace."""
-    e, params = engine(model), SamplingParams(0.8, 12, seed=1)
-    want = e.generate([[1, 2, 3]], params)[0].token_ids
-    assert not e.cost.confident
-    e.calibrate()
-    assert e.cost.confident and e.cost.predict(64, 0) >= e.cost.predict(1, 0) > 0
-    check_empty(e)
-    assert e.generate([[1, 2, 3]], params)[0].token_ids == want
-    check_empty(e)
