@@ -1,6 +1,7 @@
 """bench/serve.py runs from end to end and means what it says: ids compared, figures from logs by hand, the network's delay and rate."""
 
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -14,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from bench import serve
+from bench import serve, simulate
 from bench.cells import breakdown, figures, rounds, windows
 from bench.claims import claims, group, report
 from bench.logged import IndependentDrafter, LoggedDrafter, seconds, single_guess
 from bench.serve import Results, conclude
-from bench.simulate import World, play
+from bench.simulate import Simulation, World, play
 from bench.timeline import draw, perfetto
 from bench.wan import Network, Wan
 from specedge.config import DraftConfig, EngineConfig, SamplingParams
@@ -218,14 +219,41 @@ def test_the_single_guess_is_the_likeliest_token_below_a_leaf() -> None:
 
 
 def test_virtual_time_follows_its_world() -> None:
-    def at(error: float = 0.3, sessions: int = 1, **changes: Any) -> dict[str, float]:
-        return play(replace(World([(1, 0.1), (1000, 0.1)], [(1, 0.01), (300, 0.01)]), **changes), sessions, DraftConfig(tree_size=15), error, 5.0)
+    def at(sessions: int = 1, **changes: Any) -> dict[str, float]:
+        return play(replace(World([(1, 0.1), (1000, 0.1)], [(1, 0.01), (300, 0.01)]), **changes), sessions, DraftConfig(tree_size=15), 5.0)
 
     near, far = at(), at(rtt=0.4)
     assert near["tokens_per_round"] > at(error=3.0)["tokens_per_round"]
     assert near["server_idle"] < far["server_idle"] and near["tokens_per_s"] > far["tokens_per_s"]
     assert far["server_idle"] >= 0.4 / (0.4 + 0.102) * 0.9  # one session: nothing to do while its messages travel
     assert at(sessions=3)["tokens_per_s"] > 1.8 * near["tokens_per_s"]  # rows cost nothing here: all three share a step
+
+
+def test_an_engine_finds_out_what_rows_cost() -> None:
+    """In its first text of 64 tokens, from a prior by which a row costs an eighth of a step."""
+    rows = {}
+    for last in (0.1, 2.1):
+        played = Simulation(World([(1, 0.1), (64, last)], [(1, 0.01), (300, 0.01)], text=64), 1, DraftConfig())
+        played.run(math.inf, 2)
+        assert played.engine.cost.confident
+        rows[last] = played.figures()["rows_per_step"]
+    assert rows[0.1] > 3 * rows[2.1], rows
+
+
+def test_a_run_in_virtual_time_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of a simulated run, as bench/serve.py would write them, agree with what is played by its times and acceptance."""
+    monkeypatch.setattr(simulate, "RUNS", 1)
+    monkeypatch.setattr(simulate, "FITS", 1)
+    given = {"target": [(1, 0.1), (64, 0.1)], "draft": [(1, 0.01), (300, 0.01)], "rtt": 0.01, "pipeline": True, "admission": True}
+    played = Simulation(World(**given | {"rtt": 0.1}, text=32, prompt=simulate.PREFIX), 1, DraftConfig(tree_size=7))
+    played.run(math.inf, 2)
+    found = played.figures() | {"step_ms": 102.0, "forward_overhead_ms": 1.0, "round_ms": {"up": 50.0, "down": 50.0}}
+    cell = {"kind": "cell", "cell": "a", "void": "", "world": given, "temperature": 0.7, "sessions": 1, "conditions": {"tokens": 32}}
+    plain = {"kind": "cell", "cell": "b", "void": "", "world": None, "rows_per_step": 1.0, "step_ms": 102.0}
+    file = tmp_path / "cells.jsonl"
+    file.write_text("\n".join(json.dumps(c) for c in (cell | {"drafter": {"tree_size": 7}} | found, plain)))
+    *_, line = simulate.compare(file, "")
+    assert line.startswith("| a |") and "(+0%)" in line and line.endswith("| agrees |"), line
 
 
 def test_two_modes_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
