@@ -19,7 +19,8 @@ from specedge.engine.batch import BatchBuilder
 from specedge.engine.cost import CostModel
 from specedge.engine.graphs import make_verifier
 from specedge.engine.hub import locate
-from specedge.engine.pages import OutOfPages, PagePool
+from specedge.engine.line import Line
+from specedge.engine.pages import PagePool
 from specedge.engine.pipeline import Turn
 from specedge.engine.request import Account, Output, Sequence, Verdict
 from specedge.engine.runner import Runner
@@ -28,8 +29,6 @@ from specedge.engine.texts import Guard, RequestError, Text, TextEngine, alone
 from specedge.engine.verify import Found, Job
 from specedge.text import Tokenizer
 from specedge.tree import EMPTY, TokenTree
-
-TURN = 10.0  # seconds that sequences have pages, once their known tokens are computed, before they give them up to who has waited as long
 
 
 class Engine(TextEngine):
@@ -44,9 +43,7 @@ class Engine(TextEngine):
         self.cost = CostModel() if runner.device.type == "cpu" else CostModel(share=1 / 128, knee=64)
         self.admission = Admission(self.cost)
         self._verify = make_verifier(runner, tokenizer.size if tokenizer else self.vocab)
-        self._waiting: list[Sequence] = []  # not admitted yet
-        self._running: list[Sequence] = []  # longest waiting first
-        self._opened = 0  # sequences so far
+        self.line = Line(self.pool, runner.sizes.max_sequences)
         self._waited = True  # for the last step, when it ended
         self._stepped = (0.0, 0.0)  # when the last step that counts for the rhythm began and ended; zeros: nobody has been here since
         self._everybody = Account()  # pays where nobody is named
@@ -92,16 +89,14 @@ class Engine(TextEngine):
             raise RequestError(f"logit_bias names token {max(i for i, _ in params.logit_bias)}, outside the vocabulary of {self.vocab}")
         if stop is None:
             stop = frozenset(params.stop_ids if params.ignore_eos else (*params.stop_ids, *self.eos_ids))
-        self._opened += 1
         prompt_len = len(tokens) if prompt_len is None else prompt_len
-        sequence = Sequence(list(tokens), prompt_len, params.with_seed(), stop, account or self._everybody, is_batch(priority), self._opened)
+        sequence = Sequence(list(tokens), prompt_len, params.with_seed(), stop, account or self._everybody, is_batch(priority))
         if sequence.limit > self.runner.context:
             asked = f"{sequence.prompt_len} prompt tokens and max_tokens {params.max_tokens}"
             raise RequestError(f"{asked} exceed the context of {self.runner.context}: shorten one of them")
         if not 0 < sequence.prompt_len <= len(tokens) < sequence.limit:
             raise RequestError(f"{len(tokens)} known tokens do not lie between the prompt of {sequence.prompt_len} and the limit of {sequence.limit}")
-        sequence.keys, sequence.since = self.pool.keys(tokens, sequence.account.name), time.monotonic()
-        self._waiting.append(sequence)
+        self.line.join(sequence, time.monotonic())
         return sequence
 
     @alone
@@ -126,33 +121,23 @@ class Engine(TextEngine):
         self.guard.soon(lambda: self._cancel(sequence))
 
     def _cancel(self, sequence: Sequence) -> None:
-        self._free(sequence)
+        self.line.leave(sequence)
         self._texts.pop(sequence, None)
-
-    def _free(self, sequence: Sequence) -> None:
-        for group in (self._waiting, self._running):
-            if sequence in group:
-                group.remove(sequence)
-        if sequence.table is not None:
-            sequence.table.close()
-            sequence.table = None
 
     @property
     def busy(self) -> bool:
         """Whether a step would find work."""
-        if self.guard.behind or self._admissible(time.monotonic()) is not None:
-            return True
-        return any(not s.idle for s in self._running)
+        return self.guard.behind or self.line.admissible(time.monotonic()) is not None or any(not s.idle for s in self.line.running)
 
     @property
     def starved(self) -> bool:
         """Whether somebody waits for pages who could be served with them."""
-        return self._next() is not None and self._admissible(time.monotonic()) is None
+        return self.line.next() is not None and self.line.admissible(time.monotonic()) is None
 
     def park(self, sequence: Sequence) -> None:
         """Take the pages of a sequence that is idle, until it wants something: then they are found in the cache, or computed again."""
-        if sequence in self._running and sequence.idle:
-            self._preempt(sequence)
+        if sequence in self.line.running and sequence.idle:
+            self.line.preempt(sequence, time.monotonic())
 
     # ------------------------------------------------------------------------------------------------------------------
     # the step
@@ -162,15 +147,16 @@ class Engine(TextEngine):
         """One forward pass: schedule -> run -> sample -> accept -> commit -> emit. At most `most` sequences get a token in it."""
         begun = time.monotonic()
         self.guard.catch_up()
-        self._admit()
-        running = [s for s in self._running if not s.held]
-        batch, jobs = self.runner.batch(), list[Job]()
+        self.line.admit(begun)
+        running = [s for s in self.line.running if not s.held]
+        batch, jobs, at_work = self.runner.batch(), list[Job](), list[Sequence]()
         expected = any(not s.batch and (t := s.turn(begun)) is not None and not t.ready for s in running)
         wants, order = self._wants(running, most)
         for grant in schedule(wants, self.runner.sizes.max_rows, self._credit, self.cost, most, expected, order):
             s = running[grant.index]
             tree = self._tree(s, grant)
-            if self._reserve(s, s.computed + grant.chain + int(tree.depths().max()), jobs):
+            if self.line.reserve(s, s.computed + grant.chain + int(tree.depths().max()), at_work, begun):
+                at_work.append(s)
                 jobs.append(self._add(batch, s, grant, tree))
         if not jobs:
             return []
@@ -183,82 +169,14 @@ class Engine(TextEngine):
                 text = self._texts[v.sequence]
                 text.take(v)
                 if text.output.completion and not v.finish:  # by a stop string
-                    self._free(v.sequence)
+                    self.line.leave(v.sequence)
         return verdicts
-
-    def _admit(self) -> None:
-        """Move sequences from waiting to running, in order of arrival, while there is room for what they hold already. Who makes room goes to the end
-        of the line."""
-        now = time.monotonic()
-        for s in self._waiting:
-            if not s.wants_pages:
-                s.since = now
-        while (first := self._admissible(now)) is not None:
-            while not self._fits(first, self._running):
-                last = min((r for r in self._running if _yields(r, first, now)), key=lambda r: (not r.batch, r.since))
-                self._opened += 1
-                last.order = self._opened
-                self._preempt(last)
-            self._waiting.remove(first)
-            first.table, first.computed = self.pool.open(first.tokens, first.account.name)
-            first.parked, first.since = False, now
-            self._running.append(first)
-
-    def _admissible(self, now: float) -> Sequence | None:
-        """The next that waits, if there is room beside those who do not yield to it."""
-        first = self._next()
-        return first if first is not None and self._fits(first, [s for s in self._running if not _yields(s, first, now)]) else None
-
-    def _fits(self, s: Sequence, others: list[Sequence]) -> bool:
-        """Whether there is room for `s` if of those who run `others` alone stay, with all their tokens and a page to spare for each: else it would be
-        preempted soon."""
-        room = self.pool.available
-        if len(others) < len(self._running):
-            room += len(_pages(self._running) - _pages(others))
-        owed = sum(1 + max(0, self.pool.pages_for(len(o.tokens)) - len(o.table.pages)) for o in others if o.table)
-        return len(others) < self.runner.sizes.max_sequences and (not others or self.pool.pages_for(len(s.tokens)) + owed <= room)
-
-    def _next(self) -> Sequence | None:
-        """The first that waits and would run, those of batch last. One that begins with a page which is being computed right now lets others pass:
-        soon it finds that page and need not compute it again."""
-        if not self._waiting:
-            return None
-        size = self.pool.page_size
-        started = [r for r in self._running if r.computed // size < len(r.keys)]
-        coming = {r.keys[r.computed // size] for r in started}
-        soon = {r.keys[r.computed // size] for r in started if not r.batch}  # batch may stand still
-        wanting = sorted((s for s in self._waiting if s.wants_pages), key=lambda s: (s.batch, s.order))
-        return next((s for s in wanting if (coming if s.batch else soon).isdisjoint(s.keys)), None)
-
-    def _reserve(self, s: Sequence, tokens: int, jobs: list[Job]) -> bool:
-        """Pages for the first `tokens` of `s`, taken from the latest arrivals if need be, those of batch sequences first; False: `s` itself has to
-        wait. Whoever came first is never preempted, so somebody always gets on. Recomputation gives the same bits, so the text does not change."""
-        at_work = {id(job.sequence) for job in jobs}
-        while s.table is not None:
-            try:
-                s.table.grow(tokens)
-                return True
-            except OutOfPages:
-                victim = max((r for r in self._running if id(r) not in at_work), key=lambda r: (r.batch, r.order))
-                if victim is s and len(self._running) == 1:
-                    raise
-                self._preempt(victim)
-        return False
-
-    def _preempt(self, s: Sequence) -> None:
-        """Back to those who wait, without pages; one that is idle waits for something to do first."""
-        assert s.table is not None
-        s.parked, s.since = s.idle, time.monotonic()
-        s.table.close()
-        s.table, s.read, s.computed = None, max(s.read, s.computed), 0
-        self._running.remove(s)
-        self._waiting.insert(sum(w.order < s.order for w in self._waiting), s)
 
     def turns(self, now: float) -> list[Turn] | None:
         """Who is ready for a step or expected soon, for a Pipeline; None if there is work for which nobody has to be waited: an interactive
         prompt, or that of batch sequences while no other is ready."""
-        running = [s for s in self._running if not s.held]
-        if self.guard.behind or any(s.pending > 1 and not s.batch for s in running) or self._admissible(now) is not None:
+        running = [s for s in self.line.running if not s.held]
+        if self.guard.behind or any(s.pending > 1 and not s.batch for s in running) or self.line.admissible(now) is not None:
             return None
         found = [t for s in running if not s.batch and (t := s.turn(now)) is not None]
         return found if any(t.ready for t in found) else None
@@ -289,10 +207,10 @@ class Engine(TextEngine):
         if waited and self._waited:  # else a device is still at this step, or was at the one before
             self.cost.observe(rows, context, now - begun)
         self._waited = waited
-        if not all(job.sequence.batch for job in jobs) or all(s.batch for s in self._running):
+        if not all(job.sequence.batch for job in jobs) or all(s.batch for s in self.line.running):
             if ended:
                 self.admission.paused(begun - ended, ended - before)
-            self._stepped = (begun, now) if self._running or self._waiting else (0.0, 0.0)
+            self._stepped = (begun, now) if self.line.running or self.line.waiting else (0.0, 0.0)
         jobs = [job for job in jobs if job.grant.token]  # those that got the verdicts
         for job, v in zip(jobs, verdicts, strict=True):
             job.sequence.answered = now
@@ -354,13 +272,10 @@ class Engine(TextEngine):
         assert s.table is not None
         s.computed += kept
         s.table.fill(s.tokens, s.computed)
-        if verdict is not None:
-            self._running.remove(s)
-            if s.finish:
-                s.table.close()
-                s.table = None
-            else:
-                self._running.append(s)
+        if s.finish:
+            self.line.leave(s)
+        elif verdict is not None:
+            self.line.served(s)
         return verdict
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -379,7 +294,7 @@ class Engine(TextEngine):
     def advance(self) -> None:
         """One step. Where nobody can take one for want of pages, whoever is idle gives some up."""
         if not self.busy and self.starved:
-            self.park(max((s for s in self._running if s.idle), key=lambda s: s.order))
+            self.park(max((s for s in self.line.running if s.idle), key=lambda s: s.order))
         self.step()
 
     def end(self, text: Text) -> None:
@@ -392,20 +307,10 @@ class Engine(TextEngine):
         if not self.guard.closed:
             with self.guard:
                 self.guard.catch_up()
-                for s in [*self._waiting, *self._running, *self._texts]:
+                for s in [*self.line.waiting, *self.line.running, *self._texts]:
                     self._cancel(s)
                 self.guard.closed = True
                 del self.runner, self._verify
-
-
-def _yields(s: Sequence, other: Sequence, now: float) -> bool:
-    """Whether `s`, which runs, gives way to `other`, which waits: batch to what is not, and who has had a turn to who has waited for as long."""
-    return s.batch > other.batch or (s.batch == other.batch and now - max(s.since, other.since) > TURN)
-
-
-def _pages(sequences: list[Sequence]) -> set[int]:
-    """What they hold together."""
-    return {page for s in sequences if s.table for page in s.table.pages}
 
 
 def _within(tree: TokenTree, room: int) -> int:

@@ -9,7 +9,8 @@ import torch
 
 import specedge.engine.engine as engine_module
 from specedge.config import EngineConfig, SamplingParams
-from specedge.engine.engine import TURN, Engine
+from specedge.engine.engine import Engine
+from specedge.engine.line import TURN
 from specedge.engine.request import Account, Sequence, walk
 from specedge.engine.texts import RequestError
 from specedge.tree import EMPTY, TreeError, make_tree
@@ -165,9 +166,9 @@ def test_preemption_takes_the_latest_and_changes_no_text(model: Path) -> None:
     for s in opened:
         e.run_until(s, s.limit)
     while any(not s.finish for s in opened):
-        before = {id(s) for s in e._running}
+        before = {id(s) for s in e.line.running}
         e.step()
-        gone = before - {id(s) for s in e._running} - {id(s) for s in opened if s.finish}
+        gone = before - {id(s) for s in e.line.running} - {id(s) for s in opened if s.finish}
         preempted += len(gone)
         assert id(opened[0]) not in gone, "the first must get on"
     assert [s.tokens[len(p) :] for s, p in zip(opened, many, strict=True)] == want
@@ -187,7 +188,7 @@ def test_nobody_waits_for_ever_beside_active_edges(model: Path, monkeypatch: pyt
     accounts = [Account(bytes([i])) for i in range(5)]
     opened = [e.open(p, params, account=a) for p, a in zip(many, accounts, strict=True)]
     before, longest = dict.fromkeys(map(id, opened), clock.now), 0.0
-    while any(s in e._running and not s.finish for s in opened) or e.busy:
+    while any(s in e.line.running and not s.finish for s in opened) or e.busy:
         for s in opened:
             if not s.finish and s.tree is None and clock.now > s.answered + 0.4:
                 e.offer(s, EMPTY)

@@ -29,7 +29,7 @@ def audit(sessions: Sessions) -> None:
         assert (usage.sessions, usage.kv_tokens, usage.in_flight) == (len(mine), sum(r.kv_tokens for r in mine), sum(r.flying for r in mine))
         assert usage.connections == sum(p.user == user for p in sessions._peers)
     alive = {r.sequence for r in sessions._table.values() if r.sequence is not None}
-    assert set(sessions._owner) == alive and {*sessions.engine._running, *sessions.engine._waiting} <= alive
+    assert set(sessions._owner) == alive and {*sessions.engine.line.running, *sessions.engine.line.waiting} <= alive
     assert len(sessions._lapsed) <= 4096
 
 

@@ -794,7 +794,7 @@ LONG = [7 * i % VOCAB for i in range(44)]  # three of four pages of 16, and one 
 def test_a_session_that_waits_for_pages(models: tuple[Engine, Engine]) -> None:
     """It is opened and its round is taken; it runs as soon as another one has ended."""
     small = Engine(models[0].runner)
-    small.pool = type(small.pool)(4, 16)
+    small.pool = small.line.pool = type(small.pool)(4, 16)
     desk = Desk(small, models[1], Sessions(small, MODEL))
     desk.hello(ADA)
     desk.open(X, LONG)
@@ -814,7 +814,7 @@ def test_who_pauses_makes_room(models: tuple[Engine, Engine]) -> None:
     """A session that holds all pages and is silent, with leases renewed or not, loses them to those that wait, not its text; one between two rounds
     loses nothing."""
     small = Engine(models[0].runner)
-    small.pool = type(small.pool)(4, 16)
+    small.pool = small.line.pool = type(small.pool)(4, 16)
     desk = Desk(small, models[1], Sessions(small, MODEL, lease=600.0))
     desk.hello(ADA)
     desk.open(X, LONG)
@@ -831,7 +831,7 @@ def test_who_pauses_makes_room(models: tuple[Engine, Engine]) -> None:
     desk.run()
     assert desk.texts[Y] == PROMPT + desk.ids()
     desk.say(Close(Y))
-    assert not small.busy and small._waiting, "nobody asked for it"
+    assert not small.busy and small.line.waiting, "nobody asked for it"
     assert desk.finish(X, 2) == desk.ids(LONG)[1:]
     desk.say(Close(X))
     check_empty(small)
@@ -839,10 +839,10 @@ def test_who_pauses_makes_room(models: tuple[Engine, Engine]) -> None:
 
 def test_an_engine_that_can_do_nothing_is_not_busy(models: tuple[Engine, Engine]) -> None:
     small = Engine(models[0].runner)
-    small.pool = type(small.pool)(4, 16)
+    small.pool = small.line.pool = type(small.pool)(4, 16)
     first = small.open(LONG, SamplingParams(max_tokens=10))
     second = small.open(PROMPT, SamplingParams(max_tokens=10))
-    while small._running == [] or small._running[0].pending > 1:
+    while small.line.running == [] or small.line.running[0].pending > 1:
         small.step()
     assert not small.busy
     small.cancel(first)
