@@ -5,7 +5,7 @@ dimension, row * G + g, so that the keys and values are read once for all of the
 each with programs of its own. Knows nothing of the rows' own keys: triton_rows.py adds these and merges.
 
 Invariants: the grid follows from shapes alone (a program without work returns), so a launch can be captured; where the splits lie follows from
-a sequence's own length, window and rows; tiles of 64, 128 and 256 run the same instructions per row. So a row's bits do not depend on its batch.
+a sequence's own length, window and rows; the tiles of a GPU run the same instructions per row. So a row's bits do not depend on its batch.
 """
 
 from functools import cache
@@ -41,22 +41,29 @@ def has_wgmma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def choose_tile(rows: int, segments: int, group: int, dim: int, itemsize: int, wgmma: bool) -> Tile:
-    """The tile for `rows` rows in `segments` sequences.
+def tiles_of(dim: int, itemsize: int, wgmma: bool) -> list[Tile]:
+    """The tiles that there are, the smallest first. They run the same instructions per row, so that a row's bits do not depend on the choice.
 
-    A tile should hold all packed rows of a sequence, for each re-reads the keys, from L2 at best. The smallest is 64, for plain decoding too: at full
-    bandwidth 64 rows keep a third of the matrix units busy (balance is near 190), and with wgmma 64 and 128 rows run the same instructions per
-    row, so that a row's bits do not depend on the choice. 256 rows are two tiles of 128: one of 256 spills registers. Without wgmma the
-    compiler lays out larger tiles differently, and with a head dim above 128 they do not fit the registers: one tile for all.
-    Float32 runs as three products of tf32 halves.
+    With wgmma, whose least shape has 64 rows, these are 64 and 128. At full bandwidth 64 rows keep a third of the matrix units busy (balance is near
+    190), so the rows that pad plain decoding cost nothing; 16 would run mma.sync, which sums otherwise. 256 are two tiles of 128: one of 256
+    spills, by 8 warps and by 16. Without wgmma any tile runs mma.sync, and up to 64 rows the compiler lays all warps along the keys; with a head
+    dim of at most 64 it does so up to 32 only, and 128 rows spill. A head dim above 128 leaves no registers for a choice. Float32 runs as three
+    products of tf32 halves.
     """
     if itemsize == 4:
-        return Tile(16, 16, 4 if dim <= 128 else 8, 1)
+        return [Tile(16, 16, 4 if dim <= 128 else 8, 1)]
     if dim > 128:
-        return Tile(64, 32, 8, 2)
-    if not wgmma:
-        return Tile(64, 64, 8, 3)
-    return Tile(64, 64, 4, 3) if rows * group <= 64 * segments else Tile(128, 64, 8, 3)
+        return [Tile(64, 32, 8, 2)]
+    if wgmma:
+        return [Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)]
+    return [Tile(rows, 64, 8, 3) for rows in ((16, 32, 64) if dim > 64 else (64,))]
+
+
+def choose_tile(rows: int, segments: int, group: int, dim: int, itemsize: int, wgmma: bool) -> Tile:
+    """The tile for `rows` rows in `segments` sequences: the smallest that holds all packed rows of one, on average, for each tile re-reads the keys,
+    from L2 at best."""
+    among = tiles_of(dim, itemsize, wgmma)
+    return next((tile for tile in among if rows * group <= tile.rows * segments), among[-1])
 
 
 def padded(n: int) -> int:

@@ -56,7 +56,7 @@ def facts(kernel: Any) -> dict[str, Any]:
         "spills": int(numbers["STACK"]) + int(numbers["LOCAL"]) + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "shared": kernel.metadata.shared,
         "mma": sorted({f"{kind}.{shape}" for kind, shape in kinds}),
-        "warps_along_rows": all(int(n) == 1 for n in re.findall(r"warpsPerCTA = \[\d+, (\d+)\]", kernel.asm["ttgir"])),
+        "warps_along_keys": sorted({int(n) for n in re.findall(r"#mma\d* = .*warpsPerCTA = \[\d+, (\d+)\]", kernel.asm["ttgir"])}),
         "fma": len(re.findall(r"\bFFMA\b", sass)),
         "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
     }

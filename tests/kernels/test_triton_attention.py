@@ -72,12 +72,25 @@ def test_contexts_of_several_splits(op: Any, window: int, dtype: torch.dtype) ->
     close(parts, run(parts, 64, window, op=op), window)
 
 
-@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("rows", [full(16), 32, full(64), 128])
 def test_tiles(op: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is chosen on a GPU with wgmma. 33 rows of 4 heads are 132: three tiles of 64, or two of 128."""
+    """What is chosen for 16 bits. 33 rows of 4 heads are 132: nine tiles of 16, or two of 128."""
     monkeypatch.setattr(triton_prefix, "choose_tile", lambda *_: triton_prefix.Tile(rows, 64, 4 if rows == 64 else 8, 3))
     parts = [make("tree", 150, 33, 4, 32, torch.float16)[0], make("chunk", 40, 1, 4, 32, torch.float16)[0]]
     close(parts, run(parts, op=op), 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 200])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_a_row_does_not_see_its_tile(op: Any, dim: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise P1 where a bucket chooses the tile."""
+    parts = [make(kind, prefix, n, 4, dim, torch.bfloat16)[0] for kind, prefix, n in [("tree", 300, 33), ("chunk", 1030, 1), ("chunk", 520, 9)]]
+    found = []
+    for tile in triton_prefix.tiles_of(dim, 2, triton_prefix.has_wgmma(torch.device("cuda"))):
+        monkeypatch.setattr(triton_prefix, "choose_tile", lambda *_, tile=tile: tile)
+        found.append(torch.cat(run(parts, 64, window, op=op)))
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.mark.parametrize(("window", "prefix", "n"), [(0, 75, 24), (30, 20, 70), full(0, 0, 200)])
@@ -200,7 +213,8 @@ def test_tiles_are_a_function_of_shapes() -> None:
     choose = triton_prefix.choose_tile
     assert choose(8, 8, 4, 128, 2, True) == choose(16, 1, 4, 128, 2, True) == (64, 64, 4, 3)
     assert choose(33, 1, 4, 128, 2, True) == (128, 64, 8, 3)
-    assert {choose(r, 1, 4, 128, 2, False) for r in (1, 33, 500)} == {(64, 64, 8, 3)}
+    assert [choose(r, 1, 4, 128, 2, False).rows for r in (1, 4, 5, 8, 9, 500)] == [16, 16, 32, 32, 64, 64]
+    assert choose(64, 16, 4, 128, 2, False).rows == 16 and choose(1, 1, 4, 64, 2, False).rows == 64
     for rows in range(1, 40):
         for tile in (16, 64, 128):
             for cuts in ([1] * rows, [rows], [rows - rows // 2, rows // 2]):

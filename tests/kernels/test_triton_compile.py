@@ -23,7 +23,8 @@ DECODE, TREE = "attention,bf16,128,4,8,8,64,0", "attention,bf16,128,4,33,1,64,0"
 MORE = [
     f"attention,{kind},{dim},{group},{rows},1,{page},{window}"
     for kind, dim, group, rows, page, window in [
-        ("bf16", 128, 4, 16, 16, 4096), ("bf16", 128, 8, 64, 32, 0), ("bf16", 128, 5, 64, 128, 4096), ("f16", 64, 7, 16, 64, 0),
+        ("bf16", 128, 4, 16, 16, 4096), ("bf16", 128, 8, 64, 32, 0), ("bf16", 128, 5, 64, 128, 4096), ("bf16", 128, 2, 16, 64, 0),
+        ("f16", 64, 7, 16, 64, 0),
         ("f16", 64, 1, 200, 16, 99), ("bf16", 96, 1, 16, 64, 0), ("bf16", 96, 4, 64, 16, 99), ("bf16", 256, 2, 64, 64, 0),
         ("f16", 256, 8, 16, 16, 99), ("f32", 64, 4, 16, 64, 0), ("f32", 128, 4, 16, 16, 99),
     ]
@@ -57,15 +58,16 @@ def test_sm_90(tmp_path: Path) -> None:
     assert (decode["name"], decode["ROWS"], rows["name"], tree["name"], tree["ROWS"]) == ("prefix_kernel", 64, "rows_kernel", "prefix_kernel", 128)
     assert decode["mma"] == ["wgmma.m64n128k16", "wgmma.m64n64k16"]
     # why a row's bits do not depend on the tile: the same instructions, and sums over keys that no two warps share
-    assert tree["mma"] == decode["mma"] and tree["warps_along_rows"] and decode["warps_along_rows"]
+    assert tree["mma"] == decode["mma"] and tree["warps_along_keys"] == decode["warps_along_keys"] == [1]
     assert rows["mma"] == ["mma.m16n8k16", "wgmma.m64n128k16", "wgmma.m64n32k16"]  # tiles of 16, and of 64 for long segments
     assert [k["fma"] for k in row_ops if k["name"] == "rope_kernel" and not k["NORM"]] == [0]  # or rope_write would not equal the reference
 
 
 @pytest.mark.parametrize("arch", [80, 89])
 def test_without_wgmma(arch: int, tmp_path: Path) -> None:
-    prefix, rows = compiled(arch, [TREE], tmp_path)
-    assert prefix["mma"] == rows["mma"] == ["mma.m16n8k16"] and prefix["ROWS"] == 64
+    decode, rows, tree = compiled(arch, [DECODE, TREE], tmp_path)
+    assert decode["mma"] == rows["mma"] == tree["mma"] == ["mma.m16n8k16"] and (decode["ROWS"], tree["ROWS"]) == (16, 64)
+    assert decode["warps_along_keys"] == tree["warps_along_keys"] == [8]  # a row's keys are summed by the same threads
 
 
 @pytest.mark.full
@@ -74,3 +76,4 @@ def test_all(arch: int, tmp_path: Path) -> None:
     for k in compiled(arch, [DECODE, BUCKET, *MORE, *POINTWISE], tmp_path):
         if k["name"] == "prefix_kernel" and "f32" not in k["case"]:
             assert all(m.startswith("wgmma" if arch == 90 else "mma") for m in k["mma"]) and k["mma"], k
+            assert not 64 < k["D"] <= 128 or k["warps_along_keys"] == [1 if arch == 90 else 8], k
