@@ -110,65 +110,75 @@ struct Row {
   }
 };
 
-// Adds `f(v, add)` over the tokens of a row into bins; add(bin, amount).
-template <class F>
-__device__ void histogram(unsigned long long* bins, const Row& row, F f) {
-  for (int i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
+// What the threads before this one hold of `own`, and in `all` what the whole block does.
+__device__ uint64_t sum_before(uint64_t own, uint64_t& all) {
+  __shared__ unsigned long long sums[2][THREADS];
+  const int t = threadIdx.x;
+  int turn = 0;
+  sums[turn][t] = own;
+  for (int step = 1; step < THREADS; step *= 2, turn = 1 - turn) {
+    __syncthreads();
+    sums[1 - turn][t] = sums[turn][t] + (t >= step ? sums[turn][t - step] : 0);
+  }
   __syncthreads();
-  for (int v = threadIdx.x; v < row.limit; v += THREADS) f(row.z(v), [&](int bin, uint64_t amount) {
-    if (amount) atomicAdd(bins + bin, (unsigned long long)amount);
-  });
+  all = sums[turn][THREADS - 1];
+  const uint64_t before = sums[turn][t] - own;
   __syncthreads();
+  return before;
 }
 
-// The shortest beginning of the ranking inside `within` whose measure, tokens or their weights, reaches need(measure of all); `within` if none
-// does. `need` is called by one thread.
+// The shortest beginning of the ranking inside `within` whose measure, tokens or their weights, reaches need(measure of all); `within` if none does.
 template <bool WEIGHTS, class Need>
 __device__ Cut shortest(const Row& row, Cut within, Need need) {
   __shared__ unsigned long long bins[BINS];
-  __shared__ unsigned long long missing;  // of the measure, once all keys above the digits found so far are counted
+  __shared__ unsigned long long passed;
   __shared__ int found;
+  const int first = threadIdx.x * (BINS / THREADS), end = first + BINS / THREADS;
   const auto measure = [&](float z) { return WEIGHTS ? row.weight(z) : uint64_t(1); };
-  const auto amount = [&](float z, uint32_t key) { return row.alive(z) && key > within.key ? measure(z) : 0; };
-  const bool bulk = within.ties > 0;  // the ties of `within` count, but only the first of them: thread 0 adds them
-  const float edge = value_of(within.key);
 
-  histogram(bins, row, [&](float z, auto add) { add(row.bin(z), amount(z, key_of(z))); });
-  if (threadIdx.x == 0) {
-    if (bulk) bins[row.bin(edge)] += within.ties * measure(edge);
-    uint64_t all = 0;
-    for (int i = 0; i < BINS; i++) all += bins[i];
-    missing = need(all), found = -1;
-    for (int i = 0; missing <= all && i < BINS && found < 0; i++)
-      if (bins[i] >= missing)
-        found = i;
-      else
-        missing -= bins[i];
-  }
-  __syncthreads();
-  const int bin = found;
-  __syncthreads();
-  if (bin < 0) return within;
+  uint64_t before = 0, missing = 0;  // measures: of the bins before this thread's; what is wanted beyond the keys that are known to be in
+  // Adds up the measure by bin: where(z, key) is that of a token, or negative. Returns that of all.
+  const auto fill = [&](auto where) {
+    for (int i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
+    __syncthreads();
+    const auto add = [&](float z, uint64_t times) {
+      if (!times) return;
+      if (const int bin = where(z, key_of(z)); bin >= 0) atomicAdd(bins + bin, (unsigned long long)(times * measure(z)));
+    };
+    for (int v = threadIdx.x; v < row.limit; v += THREADS) {
+      const float z = row.z(v);
+      add(z, row.alive(z) && key_of(z) > within.key);
+    }
+    if (threadIdx.x == 0) add(value_of(within.key), within.ties);
+    __syncthreads();
+    uint64_t own = 0, all;
+    for (int i = first; i < end; i++) own += bins[i];
+    before = sum_before(own, all);
+    return all;
+  };
+  // The bin with which the first bins reach what is missing; what those before it hold is missing no more.
+  const auto reach = [&] {
+    for (int i = first; i < end; before += bins[i++])
+      if (before < missing && before + bins[i] >= missing) found = i, passed = before;
+    __syncthreads();
+    missing -= passed;
+    return found;
+  };
 
+  const uint64_t all = fill([&](float z, uint32_t) { return row.bin(z); });
+  missing = need(all);
+  if (missing > all) return within;
+  const int bin = reach();
   uint32_t key = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
-    histogram(bins, row, [&](float z, auto add) {
-      const uint32_t k = key_of(z);
-      if (row.bin(z) == bin && (uint64_t(k) >> (shift + 8)) == (uint64_t(key) >> (shift + 8))) add(k >> shift & 255, amount(z, k));
+    fill([&](float z, uint32_t k) {
+      const bool in = row.bin(z) == bin && (uint64_t(k) >> (shift + 8)) == (uint64_t(key) >> (shift + 8));
+      return in ? 255 - int(k >> shift & 255) : -1;  // larger values first
     });
-    if (threadIdx.x == 0) {
-      if (bulk && row.bin(edge) == bin && (uint64_t(within.key) >> (shift + 8)) == (uint64_t(key) >> (shift + 8)))
-        bins[within.key >> shift & 255] += within.ties * measure(edge);
-      found = 255;
-      while (bins[found] < missing) missing -= bins[found--];
-    }
-    __syncthreads();
-    key |= uint32_t(found) << shift;
-    __syncthreads();
+    key |= uint32_t(255 - reach()) << shift;
   }
-  const uint64_t each = measure(value_of(key)), ties = (missing + each - 1) / each;
-  __syncthreads();
-  return {key, ties};
+  const uint64_t each = measure(value_of(key));
+  return {key, (missing + each - 1) / each};
 }
 
 __global__ void __launch_bounds__(THREADS) truncate_kernel(const float* logits, const float* inv_temperature, const float* log_min_p,
@@ -193,14 +203,10 @@ __global__ void __launch_bounds__(THREADS) truncate_kernel(const float* logits, 
   });
 
   // ties survive in the order of ids: count those before a thread's share of the row, then walk it
-  __shared__ int counts[THREADS];
   const int share = (vocab + THREADS - 1) / THREADS, begin = threadIdx.x * share, end = begin + share < vocab ? begin + share : vocab;
-  int own = 0;
+  uint64_t own = 0, all;
   for (int v = begin; v < end && v < limit; v++) own += key_of(row.z(v)) == cut.key && row.alive(row.z(v));
-  counts[threadIdx.x] = own;
-  __syncthreads();
-  uint64_t before = 0;
-  for (int i = 0; i < int(threadIdx.x); i++) before += counts[i];
+  uint64_t before = sum_before(own, all);
   for (int v = begin; v < end; v++) {
     bool keep = false;
     if (v < limit) {
