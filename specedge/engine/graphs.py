@@ -8,6 +8,7 @@ On other devices the same programs run in the same padded shapes without a graph
 Invariant: the answers are those of verify.py; nothing between logits and commit passes through the host.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -25,15 +26,19 @@ from specedge.engine.verify import Found, Job, Scorer, Verifier
 
 LEAST = 64  # rows of a target's smallest bucket
 FINISH = ("", "stop", "length")
+# torch, Triton and captures of graphs; cuBLAS, for its handle and for its workspace; an op of csrc/cuda
+NO_MEMORY = "out of memory|CUBLAS_STATUS_(NOT_INITIALIZED|ALLOC_FAILED)|CUDA error 2$"
 Program = Callable[[StepBatch, Draw, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 @contextmanager
 def memory_said(runner: Runner) -> Iterator[None]:
-    """Turns memory that runs out into a sentence."""
+    """Turns memory that runs out into a sentence, whoever asked for it."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not re.search(NO_MEMORY, str(error)):
+            raise
         raise DeviceError(
             f"passes of {runner.sizes.max_rows} rows do not fit {runner.device} beside the weights and {runner.sizes.tokens} tokens of K/V "
             f"({there_is(runner.device)}): ask for fewer kv_tokens or max_rows"

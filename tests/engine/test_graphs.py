@@ -220,12 +220,28 @@ def test_steps_are_replays_of_captured_graphs(path: Path, monkeypatch: pytest.Mo
     check_empty(e)
 
 
-def test_what_is_too_large_to_capture_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasLtCreate(&handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("accept could not be launched: CUDA error 2"),
+    ],
+    ids=["torch", "cublas", "cublasLt", "triton", "csrc"],
+)
+def test_what_is_too_large_to_capture_is_said(path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(graphs, "there_is", lambda _: "0.2 of 24.0 GB are free")
     e = engine(path, max_rows=128)
     want = "passes of 128 rows do not fit .* 4096 tokens of K/V .0.2 of 24.0 GB are free.: ask for fewer kv_tokens"
     with pytest.raises(DeviceError, match=want), graphs.memory_said(e.runner):
-        on_a_gpu(monkeypatch, e, StandIn(out_of_memory_after=2))
+        on_a_gpu(monkeypatch, e, StandIn(2, error))
+
+
+def test_what_else_goes_wrong_is_not_taken_for_memory(path: Path) -> None:
+    with pytest.raises(RuntimeError, match="error 209"), graphs.memory_said(engine(path).runner):
+        raise RuntimeError("accept could not be launched: CUDA error 209")
 
 
 def test_pages_are_sized_by_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
