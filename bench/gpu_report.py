@@ -113,12 +113,13 @@ def attention_table(cells: dict[str, Record], top: Roof) -> list[str]:
 
 
 def step_table(cells: dict[str, Record], top: Roof) -> list[str]:
-    """A row for each case: the captured pass, its floor, and the passes by the clock, ours and transformers'."""
+    """A row for each case: the floor of its pass, and as multiples of it the captured pass, or by the clock a whole step or transformers' pass."""
     rows = []
     for key, r in cells.items():
-        floor = top.floor_us(r["moved"], r["flops"]) if "us" in r else math.nan
-        rows.append([key, floor, r.get("us", math.nan), r.get("us", math.nan) / floor, r["run_us"]])
-    return table("case | floor us | captured us | x floor | by the clock us", rows)
+        floor = top.floor_us(r["moved"], r["flops"]) if "moved" in r else math.nan
+        pass_us, run_us = r.get("us", math.nan), r.get("run_us", math.nan)
+        rows.append([key, floor, pass_us, pass_us / floor, run_us, run_us / floor])
+    return table("case | floor us | captured us | x floor | by the clock us | x floor", rows)
 
 
 def profile_tables(cells: dict[str, Record]) -> list[str]:

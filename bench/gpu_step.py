@@ -1,8 +1,8 @@
 """Forward passes of whole models of random weights on a GPU, beside their floor and beside transformers; and a profile of one, kernel by kernel.
 
-Two times: `us`, the pass alone in a CUDA graph that is captured here, which is what kernels cost; `run_us`, by the clock, host work and all: of
-`Runner.run`, which is not captured; of whole steps as graphs.py replays them, in the cells named "step"; of transformers. Weights pass through the
-L2 anew in every pass, so nothing is rotated.
+Two times: `us`, the pass alone in a CUDA graph that is captured here, which is what kernels cost; `run_us`, by the clock, host work and all: of whole
+steps as graphs.py replays them, in the cells named "step", and of transformers. Every case has both. Weights pass through the L2 anew in every
+pass, so nothing is rotated.
 The cases and the floor are those of bench/step.py.
 """
 
@@ -65,15 +65,14 @@ def some_batch(lab: Lab, runner: Runner, case: Case) -> StepBatch:
 
 @torch.inference_mode()
 def one(lab: Lab, runner: Runner, case: Case) -> dict[str, Any]:
-    """A case of ours."""
+    """The forward pass of a case."""
     batch = some_batch(lab, runner, case)
     moved, flops = work(runner.model.config, 2, 2, case)
     logits = runner.model.forward(batch, runner.rows, runner.pages)
     if not bool(logits.isfinite().all()):
         raise ValueError("its logits are not finite")
     us = lab.us(lambda: runner.model.forward(batch, runner.rows, runner.pages), 1, 0.2)
-    run_us = 1e3 * median_ms(lambda: runner.run(case_batch(runner, case)), 0 if lab.dry else 0.15, 2)
-    return {"case": case, "moved": moved, "flops": flops, "us": us, "run_us": run_us}
+    return {"case": case, "moved": moved, "flops": flops, "us": us}
 
 
 def replayed(runner: Runner, case: Case, width: int | None) -> Callable[[], object]:
@@ -109,8 +108,10 @@ def whole(lab: Lab, runner: Runner, case: Case, width: int | None) -> dict[str, 
     """A captured step by the clock."""
     if not lab.dry and kernels.backend(lab.device) != kernels.CAPTURABLE:
         raise ValueError("without the CUDA library no step is captured")
+    moved, flops = work(runner.model.config, 2, 2, case)
     try:
-        return {"case": case, "run_us": 1e3 * median_ms(replayed(runner, case, width), 0 if lab.dry else 0.15, 2)}
+        run_us = 1e3 * median_ms(replayed(runner, case, width), 0 if lab.dry else 0.15, 2)
+        return {"case": case, "moved": moved, "flops": flops, "run_us": run_us}
     finally:
         if not lab.dry:
             torch.cuda.set_stream(torch.cuda.default_stream())  # a capture that fails may stay on its own
@@ -185,7 +186,8 @@ def peer(lab: Lab, c: ModelConfig, cases: list[Case]) -> dict[str, Cell]:
             found.step(*case)
             lab.sync()
             times.append((time.perf_counter() - begun) * 1e6)
-        return {"case": case, "version": found.version, "run_us": statistics.median(times)}
+        moved, flops = work(c, 2, 2, case)
+        return {"case": case, "moved": moved, "flops": flops, "version": found.version, "run_us": statistics.median(times)}
 
     return {f"transformers {name_of(case)}": lambda case=case: run(case) for case in cases}  # type: ignore[misc]
 
@@ -205,7 +207,7 @@ def steps(lab: Lab, quick: bool) -> None:
         cells: dict[str, Cell] = {f"{name} {name_of(case)}": lambda case=case: one(lab, runner(), case) for case in todo}  # type: ignore[misc]
         lab.each("step", cells)
         width = 8 if cases is DRAFT else None
-        lab.each("step", {f"{name} step {name_of(case)}": lambda case=case, w=width: whole(lab, runner(), case, w) for case in todo[:5]})  # type: ignore[misc]
+        lab.each("step", {f"{name} step {name_of(case)}": lambda case=case, w=width: whole(lab, runner(), case, w) for case in todo})  # type: ignore[misc]
         if name == PLAN[0][0]:
             both = {"captured": True, "as run": False}
             lab.each("profile", {how: lambda captured=captured: profile(lab, runner(), captured) for how, captured in both.items()})  # type: ignore[misc]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench import gpu, gpu_checks, gpu_report
+from bench import gpu, gpu_checks, gpu_report, gpu_step
 from bench.gpu_log import Log
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,9 @@ def test_a_dry_run_measures_everything(tmp_path: Path, monkeypatch: pytest.Monke
     assert status == 0, (capsys.readouterr().out, gpu_report.missing(log), (tmp_path / "out" / "gpu.log").read_text())
     for section in gpu.SHARES:
         assert log.results(section) and not log.lost(section), section
-    assert {f"{name} step decode 1 x 1 @ 64" for name in ("llama-3.1-8b", "qwen3-0.6b", "qwen3-14b")} <= log.results("step").keys()
+    models, steps = ("llama-3.1-8b", "qwen3-0.6b", "qwen3-14b"), log.results("step")
+    assert all(f"{m} step {case}" in steps for m in models for case in ("decode 1 x 1 @ 64", "verify 2 x 3 @ 64"))
+    assert all(r["moved"] > 0 and r["flops"] > 0 for r in steps.values())
     peers = {name: us for r in log.results("attention").values() for name, us in r["peers_us"].items()}
     assert set(peers) == {"torch sdpa", *(f"flashinfer {f}" for f in ("one call", "decode", "two parts fa2", "two parts fa3"))}
     assert all(isinstance(us, float) for us in peers.values()), peers
@@ -113,6 +115,13 @@ def test_the_time_is_below_nine_minutes() -> None:
     assert sum(gpu.QUICK.values()) <= 120
     assert list(gpu.choose(["attention"], False)) == ["peers", "ceilings", "attention"] and list(gpu.choose(None, True)) == list(gpu.QUICK)
     assert list(gpu.choose(None, False)) == list(gpu.SHARES)
+
+
+def test_the_grid_of_steps_is_whole() -> None:
+    """Decoding and 16, 32 and 64 rows, each for 1, 4 and 16 sequences of the large models; time goes to what targets speak of first."""
+    assert {("decode" if r == 1 else "verify", b, r, 1024) for b in (1, 4, 16) for r in (1, 16, 32, 64)} <= set(gpu_step.BIG)
+    small = [b * r <= 64 for kind, b, r, n in gpu_step.BIG if n == 1024]
+    assert all(small[:5])
 
 
 def cell(rows: int, group: int, us: float, prefix_us: float, peer: float | str) -> dict[str, Any]:
