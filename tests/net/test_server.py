@@ -5,6 +5,7 @@ Engine.generate gives. Addresses, draining and the end of the threads are here t
 """
 
 import contextlib
+import itertools
 import random
 import socket
 import threading
@@ -475,6 +476,30 @@ def test_stop_does_not_wait_for_ever(model: Path, hurried: bool) -> None:
         answer = raw.receive()
         assert isinstance(answer, Error) and (answer.session, answer.code) == (X, "draining")
     assert threads() == set()
+
+
+def test_the_network_is_served_while_a_step_runs(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the engine's thread waits for a device: what comes is read and decoded, and what the step before has found goes out."""
+    step, inside, go_on, found_some = server._engine.step, threading.Event(), threading.Event(), itertools.count()
+
+    def slow(most: int) -> list[request.Verdict]:
+        found = step(most)
+        if found and next(found_some) == 1:
+            inside.set()
+            assert go_on.wait(PATIENCE)
+        return found
+
+    monkeypatch.setattr(server._engine, "step", slow)
+    with Raw(server) as raw:
+        raw.open()
+        raw.send(Draft(X, 1, len(PROMPT), b"", b"", CONTEXT))
+        assert inside.wait(PATIENCE)
+        assert isinstance(raw.receive(), Verdict)
+        for _ in range(3):
+            raw.send(Lease(X))
+        until(lambda: server._inbox.qsize() == 3, "three decoded messages")
+        go_on.set()
+        raw.send(Close(X))
 
 
 def test_stop_during_a_step(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
