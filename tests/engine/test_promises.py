@@ -24,7 +24,8 @@ from tests.engine.test_model import Text
 from tests.helpers import random_tree
 
 DEMO = Path(specedge.__file__).parent / "demo"
-# Of logits / T + g. Logits of the demo reach 20; float32 keeps 2^-24 of them, bfloat16 activations 2^-8, which averages out over a sum.
+# Of logits / T + g. Logits of the demo reach 20; float32 keeps 2^-24 of them. In bfloat16 two of them, each rounded by the head to steps of 2^-3 and
+# by the layers before it by 2^-8: 2 (0.125 + 0.075) / 0.8. docs/kernels.md has more.
 BOUND = {"float32": 1e-3, "bfloat16": 0.5}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TEMPERATURE, SEED = 0.8, 11
