@@ -241,7 +241,7 @@ class Bench:
 
 
 def disturbed(folder: Path, noise: float) -> Path:
-    """A draft that was taught as well as those of the paper, which the shipped one was not: the target itself, every matrix of it disturbed by
+    """A draft about as good as those of the paper: the target itself, every matrix of it disturbed by
     `noise` times its deviation. What it costs is the widened shape's affair."""
     return rewrite(DEMO / "target", folder, lambda t: (t.float() + noise * t.float().std() * torch.randn(t.shape)).to(t.dtype) if t.dim() > 1 else t)
 
