@@ -11,6 +11,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -35,9 +36,9 @@ class PacedRunner(Runner):
 
     base = row = 0.0
 
-    def run(self, batch: BatchBuilder) -> torch.Tensor:
+    def run(self, batch: BatchBuilder, stop: Callable[[], bool] | None = None) -> torch.Tensor:
         end = time.perf_counter() + self.base + self.row * batch.rows
-        logits = super().run(batch)
+        logits = super().run(batch)  # not stopped: what it waits out is no layers
         time.sleep(max(0.0, end - time.perf_counter()))
         return logits
 

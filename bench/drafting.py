@@ -21,6 +21,7 @@ from specedge.config import DraftConfig, EngineConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.drafter import Drafter, Session
 from specedge.engine.engine import Engine
+from specedge.engine.model import Abandoned
 from specedge.engine.pace import Served
 from specedge.engine.runner import Runner
 
@@ -68,8 +69,13 @@ class PacedRunner(Runner):
 
     world: World
 
-    def run(self, batch: BatchBuilder) -> torch.Tensor:
-        self.world.now += self.world.draft * (1 + 0.1 * batch.rows)
+    def run(self, batch: BatchBuilder, stop: Callable[[], bool] | None = None) -> torch.Tensor:
+        takes, begun = self.world.draft * (1 + 0.1 * batch.rows), self.world.now
+        for i in range(self.model.config.layers if stop else 0):
+            self.world.now = begun + takes * (i + 1) / self.model.config.layers
+            if stop and stop():
+                raise Abandoned
+        self.world.now = begun + takes
         return super().run(batch)
 
 
@@ -99,8 +105,8 @@ def replay(d: Drafter, world: World, prompt: list[int], output: list[int], param
         while world.now < arrival:
             if pause := d.pause():
                 world.now = min(arrival, world.now + pause)
-            elif not d.grow():
-                world.now = arrival
+            elif not d.grow(lambda arrival=arrival: world.now >= arrival):  # type: ignore[misc]
+                world.now = max(world.now, arrival)
         judge(s, text, t)
         hit = d.verdict(s, row, [text[at]], Served(world.served(len(tree)), len(tree) + 1))
         t.rounds, t.rows, t.hits, t.guesses = t.rounds + 1, t.rows + len(tree) + 1, t.hits + hit, t.guesses + right

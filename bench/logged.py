@@ -7,15 +7,16 @@ clock for all processes of a machine. The rules of the paper that the product do
 import ctypes
 import time
 from bisect import bisect_left
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from specedge.config import DraftConfig, SamplingParams
+from specedge.config import DraftConfig, ModelConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.drafter import Drafter, Node, Session
 from specedge.engine.engine import Engine
-from specedge.engine.model import Decoder
+from specedge.engine.model import Abandoned, Decoder
 from specedge.engine.request import Sequence, Verdict
 from specedge.engine.runner import Runner
 from specedge.engine.sampler import Key, NoiseCache
@@ -48,27 +49,38 @@ class LoggedRunner(Runner):
 
     rows_run = 0
 
-    def run(self, batch: BatchBuilder) -> Tensor:
+    def run(self, batch: BatchBuilder, stop: Callable[[], bool] | None = None) -> Tensor:
         self.rows_run = batch.rows
-        return super().run(batch)
+        return super().run(batch, stop)
+
+
+def layer_ends(shape: ModelConfig) -> list[float]:
+    """The shares of a pass after which its layers end, by their weights; what is left is the head's."""
+    c = shape
+    layer = c.hidden * c.head_dim * 2 * (c.heads + c.kv_heads) + 3 * c.hidden * c.ffn
+    return [(i + 1) * layer / (c.layers * layer + c.vocab * c.hidden) for i in range(c.layers)]
 
 
 class PacedRunner(Runner):
-    """A small model that takes the time of a large one: it computes, then sleeps until `pace` says that the large one would be done."""
+    """A small model that takes the time of a large one: it computes, then sleeps until `pace` says that the large one would be done. It can be
+    stopped where the large one could: when one of its layers ends (`ends`, in shares of a pass)."""
 
-    def __init__(self, model: Decoder, sizes: object, rows: int, pace: Pace) -> None:
+    def __init__(self, model: Decoder, sizes: object, rows: int, pace: Pace, ends: list[float]) -> None:
         super().__init__(model, sizes, rows)  # type: ignore[arg-type]
-        self.pace = pace
+        self.pace, self.ends = pace, ends
         self.late: list[float] = []  # seconds that each forward took too long
         self.paced = 0.0  # seconds that they should have taken
 
-    def run(self, batch: BatchBuilder) -> Tensor:
-        takes = seconds(self.pace, batch.rows)
-        due = time.monotonic() + takes
-        self.paced += takes
+    def run(self, batch: BatchBuilder, stop: Callable[[], bool] | None = None) -> Tensor:
+        takes, begun = seconds(self.pace, batch.rows), time.monotonic()
         logits = super().run(batch)
-        time.sleep(max(0.0, due - time.monotonic()))
-        self.late.append(time.monotonic() - due)
+        for end in self.ends if stop else ():
+            time.sleep(max(0.0, begun + end * takes - time.monotonic()))
+            if stop and stop():
+                raise Abandoned
+        time.sleep(max(0.0, begun + takes - time.monotonic()))
+        self.paced += takes
+        self.late.append(time.monotonic() - begun - takes)
         return logits
 
 
@@ -106,10 +118,10 @@ class LoggedDrafter(Drafter):
         self.submits: list[tuple[float, int]] = []
         self.verdicts: list[tuple[float, bool, bool, int]] = []
 
-    def grow(self) -> bool:
+    def grow(self, stop: Callable[[], bool] | None = None) -> bool:
         waited = any(s.submitted is None for s in self._sessions)
         begun = time.monotonic()
-        grown = super().grow()
+        grown = super().grow(stop)
         if grown:
             self.grows.append((begun, time.monotonic(), waited))
         return grown

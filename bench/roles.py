@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.logged import IndependentDrafter, LoggedDrafter, LoggedEngine, LoggedRunner, Pace, PacedRunner, sharpen_sleep
+from bench.logged import IndependentDrafter, LoggedDrafter, LoggedEngine, LoggedRunner, Pace, PacedRunner, layer_ends, sharpen_sleep
 from bench.widen import wide_runner
 from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, EngineConfig, ModelConfig, SamplingParams
 from specedge.engine.runner import Runner
@@ -215,7 +215,7 @@ class EdgeRole:
         sharpen_sleep()
         sizes = EngineConfig(kv_tokens=4096, max_rows=256)
         narrow = Runner.load(setup.draft, sizes, 8, "cpu", setup.dtype, False)
-        self._runner = PacedRunner(narrow.model, sizes, MAX_ROWS_PER_TREE, pace)
+        self._runner = PacedRunner(narrow.model, sizes, MAX_ROWS_PER_TREE, pace, layer_ends(setup.draft_shape or narrow.model.config))
         self._tokenizer = Tokenizer.from_dir(setup.draft, narrow.model.config.vocab)
 
     def ready(self) -> None:

@@ -32,6 +32,7 @@ from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, EngineConfig, Sampli
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.drafter import Drafter, Session
 from specedge.engine.engine import Engine
+from specedge.engine.model import Abandoned
 from specedge.engine.pace import Served
 from specedge.engine.pipeline import Pipeline
 from specedge.engine.request import Sequence, Verdict
@@ -66,9 +67,11 @@ class Table:
     def batch(self) -> BatchBuilder:
         return BatchBuilder(self._k_pos)
 
-    def run(self, batch: BatchBuilder) -> Tensor:
+    def run(self, batch: BatchBuilder, stop: Callable[[], bool] | None = None) -> Tensor:
         step, row = self._overhead
         self.rows_run, self.took = batch.rows, seconds(self._pace, batch.rows) + step + row * batch.rows
+        if stop and stop():
+            raise Abandoned
         self._clock.now += self.took
         b = batch.build(self.device)
         return self._logits[(b.tokens[b.wanted] * 2654435761 + b.positions[b.wanted].long() * 40503) % STATES]
@@ -121,6 +124,7 @@ class Edge:
     budget: int = MAX_ROWS_PER_TREE
     flying: bool = False
     asleep: bool = False
+    begun: float | None = None  # when the forward under way began, which a verdict may end
     looks: int = 0  # that are due: only the latest counts
     rounds: list[tuple[float, int, bool | None]] = field(default_factory=list)  # of this text: when it ended, tokens, whether it was a hit
     drafting: float = 0.0
@@ -211,14 +215,21 @@ class Simulation:
     def _verdict(self, what: tuple[Verdict, int, float]) -> None:
         edge = self._of[what[0].sequence]
         edge.inbox.append(what)
-        if edge.asleep:
+        if edge.begun is not None and self.clock.now < edge.begun + edge.table.took / 2:
+            edge.begun = None
+            self._edge((edge, edge.looks))
+        elif edge.asleep:
             self._edge((edge, edge.looks))
 
     def _edge(self, what: tuple[Edge, int]) -> None:
         e, look = what
         if look != e.looks or e.session is None:  # a verdict has woken it since
             return
-        e.looks, e.clock.now = e.looks + 1, self.clock.now
+        e.looks += 1
+        if e.begun is not None:  # a forward that might have been stopped was not
+            e.clock.now, e.begun = e.begun, None
+            e.drafter.grow()
+        e.clock.now = self.clock.now
         for v, budget, spent in e.inbox:
             e.flying, e.budget = False, budget
             hit = None if v.finish else e.drafter.verdict(e.session, v.row, list(v.tokens), Served(spent, v.verified))
@@ -236,10 +247,11 @@ class Simulation:
             tree = e.drafter.submit(e.session, e.drafter.size(e.session, e.budget))
             e.flying = True
             self._at(self.clock.now + self.world.rtt / 2, "tree", (e, tree))
-        pause = e.drafter.pause()
-        e.asleep = bool(pause) or not e.drafter.grow()
-        if not e.asleep:
-            e.drafting += e.table.took
+        pause, e.table.took = e.drafter.pause(), 0.0
+        if not pause and not e.drafter.grow(lambda: True) and e.table.took:
+            e.begun = self.clock.now
+        e.drafting += e.table.took
+        e.asleep = e.table.took == 0.0
         if pause or not e.asleep:
             self._at(self.clock.now + (pause or e.table.took), "edge", (e, e.looks))
 

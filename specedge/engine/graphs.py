@@ -195,7 +195,9 @@ def _verification(jobs: list[Job]) -> dict[str, np.ndarray]:
 
 
 class CapturedScorer:
-    """As Scorer, in one graph from tokens to the best children of every row."""
+    """As Scorer, in one graph from tokens to the best children of every row, which nothing stops."""
+
+    stops = False
 
     def __init__(self, runner: Runner, sampler: Sampler, sequences: int, width: int, tau: float, best: int) -> None:
         self._runner, self._sampler, self._tau, self._best = runner, sampler, tau, best
@@ -206,7 +208,9 @@ class CapturedScorer:
         r = self._runner
         return self._sampler.score(r.model.forward(batch, r.rows, r.pages), draw, self._tau, self._best)
 
-    def __call__(self, batch: BatchBuilder, asks: list[Ask]) -> tuple[list[list[float]], list[list[int]]]:
+    def __call__(
+        self, batch: BatchBuilder, asks: list[Ask], stop: Callable[[], bool] | None = None
+    ) -> tuple[list[list[float]], list[list[int]]]:  # fmt: skip
         """Values and ids of the best children of every row that is asked for."""
         bucket = least_bucket(self._passes.buckets, batch.shape)
         if bucket is None:

@@ -4,6 +4,8 @@ Rows come from many sequences and are prompt chunks, single tokens and tree rows
 CPU: the bits of a row depend on its own path of tokens and on nothing that it is batched with.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from specedge import kernels
@@ -11,6 +13,10 @@ from specedge.config import ModelConfig
 from specedge.engine.batch import StepBatch
 from specedge.engine.rope import angles
 from specedge.engine.weights import Weights
+
+
+class Abandoned(Exception):
+    """A pass that was given up between two layers: no logits, and its rows of the row buffer hold nothing of use."""
 
 
 class Decoder:
@@ -22,8 +28,11 @@ class Decoder:
         self.windows = config.windows or (0,) * config.layers
         self.cos, self.sin = (t.to(device) for t in angles(config, positions))
 
-    def forward(self, batch: StepBatch, rows: Tensor, pages: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Logits `[n, V]` float32 of the wanted rows, in `logits` if that is there; writes the K/V of all rows to their slots in `rows`."""
+    def forward(
+        self, batch: StepBatch, rows: Tensor, pages: Tensor, logits: Tensor | None = None, stop: Callable[[], bool] | None = None
+    ) -> Tensor:
+        """Logits `[n, V]` float32 of the wanted rows, in `logits` if that is there; writes the K/V of all rows to their slots in `rows`. `stop` is
+        asked after every layer: Abandoned once it says yes."""
         c, w = self.config, self.weights
         x = w.embedding[batch.tokens]
         y = kernels.rms_norm(x, w.layers[0].input_norm, c.norm_eps)
@@ -42,4 +51,6 @@ class Decoder:
             )
             y, x = kernels.add_rms_norm(layer.out(o.flatten(1)), x, layer.post_norm, c.norm_eps)
             y, x = kernels.add_rms_norm(layer.down(layer.gate_up(y)), x, next_norm, c.norm_eps)
+            if stop is not None and stop():
+                raise Abandoned
         return w.head(y[batch.wanted], logits).float()

@@ -4,6 +4,7 @@ Runs a batch and commits rows; does not know who asked. Engine and drafter each 
 only, so pages change by `commit` alone and never roll back.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,12 +108,13 @@ class Runner:
         return BatchBuilder(self.k_pos)
 
     @torch.inference_mode()
-    def run(self, batch: BatchBuilder) -> Tensor:
-        """Logits `[n, V]` float32 of the rows that the batch wants; the next run overwrites them (in new memory 64 rows of 152 k took 16 ms)."""
+    def run(self, batch: BatchBuilder, stop: Callable[[], bool] | None = None) -> Tensor:
+        """Logits `[n, V]` float32 of the rows that the batch wants; the next run overwrites them (in new memory 64 rows of 152 k took 16 ms). `stop`:
+        as of Decoder.forward, which may raise Abandoned."""
         built = batch.build(self.device)
         if len(built.wanted) > len(self._logits):
             self._logits = self._logits.new_empty((len(built.wanted), self._logits.shape[1]))
-        return self.model.forward(built, self.rows, self.pages, self._logits[: len(built.wanted)])
+        return self.model.forward(built, self.rows, self.pages, self._logits[: len(built.wanted)], stop)
 
     @torch.inference_mode()
     def commit(self, rows: list[int], pages: list[int], offsets: list[int]) -> None:

@@ -4,6 +4,7 @@ This is the path of a CPU, and the reading order of the one that is captured for
 jobs; extends no text. Invariant: pages change by the rows that were kept and nothing else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,13 +83,17 @@ class Verifier:
 class Scorer:
     """Runs a draft's batch and gives `best` children to each of its rows, trusting the draft by `tau`."""
 
+    stops = True  # between two layers, when it is told to
+
     def __init__(self, runner: Runner, sampler: Sampler, tau: float, best: int) -> None:
         self._runner, self._sampler, self._tau, self._best = runner, sampler, tau, best
 
     @torch.inference_mode()
-    def __call__(self, batch: BatchBuilder, asks: list[Ask]) -> tuple[list[list[float]], list[list[int]]]:
-        """Values (logarithms of probabilities) and ids of the best children of every row that is asked for."""
-        logits = self._runner.run(batch)
+    def __call__(
+        self, batch: BatchBuilder, asks: list[Ask], stop: Callable[[], bool] | None = None
+    ) -> tuple[list[list[float]], list[list[int]]]:  # fmt: skip
+        """Values (logarithms of probabilities) and ids of the best children of every row that is asked for. Abandoned if `stop` says so."""
+        logits = self._runner.run(batch, stop)
         if not asks:
             return [], []
         values, ids = self._sampler.score(logits, self._sampler.draw(asks, looser=True), self._tau, self._best)

@@ -164,6 +164,11 @@ class Connection:
             raise self._lost() from None
         return len(frame)
 
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to receive."""
+        return bool(int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
     def receive(self) -> list[tuple[wire.Message, int]]:
         """All messages that have come, each with the bytes of its frame. ServerError for a frame that is not ours and, when there is nothing left
         to read, for a connection that broke."""

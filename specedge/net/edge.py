@@ -258,13 +258,17 @@ class Edge:
         """One draft forward, if there is something to draft; False: nothing has changed. A draft that fails is given up, and the server decodes
         alone: drafts are never in the way of a text."""
         try:
-            return self._drafter is not None and self._drafter.grow()
+            return self._drafter is not None and self._drafter.grow(self._called)
         except Exception:
             log.exception("drafting failed; going on without drafts")
             for text in self._texts.values():
                 text.session = None
             self._drafter = None
             return True  # texts that waited for their trees are the server's now: 10 s would pass before they say anything else
+
+    def _called(self) -> bool:
+        """Whether a server or a caller has said something."""
+        return self._link.pending or not self._commands.empty()
 
     def _take_commands(self) -> None:
         while True:

@@ -58,6 +58,11 @@ class Link:
         """Whether there is another server to go to."""
         return len(self._servers) > 1
 
+    @property
+    def pending(self) -> bool:
+        """Whether a message has come: cheap enough to be asked between two layers."""
+        return self._connection is not None and self._connection.pending
+
     def sockets(self) -> list[object]:
         """What to poll for reading."""
         return list(self._connection.sockets) if self._connection else []

@@ -4,6 +4,7 @@ The K/V of a row is a hash of the whole path of tokens that it saw; a forward pa
 so a wrong slot, page, ancestor bit or position shows up at once.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, EngineConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.drafter import Drafter, Session
+from specedge.engine.model import Abandoned
 from specedge.engine.pace import Served
 from specedge.kernels import gumbel
 
@@ -49,7 +51,7 @@ class FakeRunner:
     def batch(self) -> BatchBuilder:
         return BatchBuilder(self.k_pos)
 
-    def run(self, builder: BatchBuilder) -> torch.Tensor:
+    def run(self, builder: BatchBuilder, stop: Callable[[], bool] | None = None) -> torch.Tensor:
         b = builder.build(self.device)
         self.forwards.append(len(b.tokens))
         size = self.sizes.page_size
@@ -73,6 +75,8 @@ class FakeRunner:
                 value = digest(path)
                 self.paths[value] = path
                 self.rows[int(b.slots[q0 + i])] = value
+        if stop is not None and stop():
+            raise Abandoned
         return torch.stack([table(self.paths[self.rows[int(b.slots[r])]]) for r in b.wanted.tolist()]) if len(b.wanted) else torch.empty(0, VOCAB)  # type: ignore[index]
 
     def commit(self, rows: list[int], pages: list[int], offsets: list[int]) -> None:
@@ -148,8 +152,8 @@ def test_random_rounds_keep_the_books(temperature: float, wild: float) -> None:
                 continue
             tree = d.submit(s, int(rng.integers(0, 32)))
             tree.check(VOCAB)
-            for _ in range(int(rng.integers(0, 4))):
-                d.grow()  # in flight
+            for _ in range(int(rng.integers(0, 4))):  # in flight, where a forward may be given up
+                d.grow((lambda: True) if rng.random() < 0.3 else None)
             cut = tree.cut(int(rng.integers(0, len(tree) + 1)))  # by the server
             text, row, children = list(s.tokens), 0, cut.children()
             while (token := target(text, params, wild, rng)) in children[row]:
@@ -319,14 +323,22 @@ def test_a_fixed_size_of_zero_drafts_nothing() -> None:
 # what pays, in virtual time
 
 
+LAYERS = 5  # after each of which a forward may be stopped
+
+
 class PacedRunner(FakeRunner):
     """A fake whose forwards take virtual time: `base` seconds and `row` for each row."""
 
     now = 0.0
     base, row = 0.004, 0.0
 
-    def run(self, builder: BatchBuilder) -> torch.Tensor:
-        self.now += self.base + self.row * builder.rows
+    def run(self, builder: BatchBuilder, stop: Callable[[], bool] | None = None) -> torch.Tensor:
+        takes, begun = self.base + self.row * builder.rows, self.now
+        for i in range(LAYERS if stop else 0):
+            self.now = begun + takes * (i + 1) / LAYERS
+            if stop and stop():
+                raise Abandoned
+        self.now = begun + takes
         return super().run(builder)
 
 
@@ -336,8 +348,8 @@ def paced(sessions: int = 1, **config: object) -> tuple[Drafter, PacedRunner]:
     return Drafter(runner, c, clock=lambda: runner.now), runner  # type: ignore[arg-type]
 
 
-def rounds(d: Drafter, world: PacedRunner, around: float, verify: float, row: float, count: int = 60) -> dict[str, float]:
-    """Draft a text of a target that mostly agrees; averages over the second half of the rounds."""
+def rounds(d: Drafter, world: PacedRunner, around: float, verify: float, row: float, count: int = 60, stop: bool = True) -> dict[str, float]:
+    """Draft a text of a target that mostly agrees; averages over the second half of the rounds. `stop`: whether a verdict may end a forward."""
     params, rng = SamplingParams(0.0, 390, seed=3), np.random.default_rng(1)
     s = d.open([1, 2, 3], params, 393)
     assert s is not None
@@ -356,8 +368,8 @@ def rounds(d: Drafter, world: PacedRunner, around: float, verify: float, row: fl
         while world.now < arrival:
             if pause := d.pause():
                 world.now = min(arrival, world.now + pause)
-            elif not d.grow():
-                world.now = arrival
+            elif not d.grow(lambda arrival=arrival: stop and world.now >= arrival):  # type: ignore[misc]
+                world.now = max(world.now, arrival)
         text, at, children = list(s.tokens), 0, tree.children()
         while (token := target(text, params, 0.1, rng)) in children[at]:
             at = children[at][token]
@@ -389,13 +401,54 @@ def test_dear_rows_make_small_trees() -> None:
 
 
 def test_a_verdict_does_not_wait_for_long() -> None:
-    """A forward that would end behind it is not begun, and one with many rows is made shorter."""
-    d, world = paced(width=40, branch=24)
-    world.base, world.row = 0.01, 0.002
-    waited = rounds(d, world, 0.05, 0.02, 0.0)["kept waiting"]
-    assert waited < 0.25 * (world.base + world.row)
-    d._due = lambda: float("inf")  # type: ignore[method-assign]
-    assert rounds(d, world, 0.05, 0.02, 0.0)["kept waiting"] > 4 * waited
+    """A forward that would end behind it is not begun, and one that it meets in its first half is given up."""
+    waited = {}
+    for around in (0.031, 0.036, 0.041, 0.046):  # so that verdicts come at any moment of a forward
+        for stop, due in ((True, True), (True, False), (False, False)):
+            d, world = paced(width=4, branch=4)
+            world.base = 0.02
+            if not due:
+                d._due = lambda: float("inf")  # type: ignore[method-assign]
+            found = rounds(d, world, around, 0.02, 0.0, 24, stop)["kept waiting"]
+            waited[stop, due] = waited.get((stop, due), 0.0) + found
+    assert waited[True, True] < waited[True, False] < 0.6 * waited[False, False], waited
+
+
+def state(d: Drafter, s: Session) -> object:
+    """All that a drafter knows of a session, and of the time that things take."""
+    nodes = [(n.token, n.order, n.score, n.slot, n.seen, n.depth, list(n.children)) for n in (s.root, *s.nodes)]
+    heap, pace = sorted((score, order) for score, order, _ in s.heap), d.pace.draft
+    return nodes, heap, sorted(s.free), list(s.best), s.forwards, s.computed, d.pool.available, d._ended, d._took, pace._seen, pace.predict(8, 0)
+
+
+def test_a_forward_that_is_given_up_leaves_no_trace() -> None:
+    d, world = paced()
+    s = grown(d, [1, 2, 3])
+    d.submit(s, 7)
+    before, passes, now = state(d, s), len(world.forwards), world.now
+    assert not d.grow(lambda: True) and state(d, s) == before
+    assert world.now == pytest.approx(now + world.base / LAYERS) and len(world.forwards) == passes
+    twin, other = paced()
+    t = grown(twin, [1, 2, 3])
+    twin.submit(t, 7)
+    assert d.grow() and twin.grow() and state(d, s)[:5] == state(twin, t)[:5], "the same nodes are grown as if nothing had been"
+    audit(d, s)
+
+
+def test_only_the_first_half_of_a_forward_nobody_waits_for_is_given_up() -> None:
+    d, world = paced(2)
+    world.base = 0.01
+    a, b = grown(d, [1, 2]), grown(d, [3, 4])
+    d.submit(a, 7)
+    assert d.grow(lambda: True), "the other waits for its tree"
+    d.submit(b, 7)
+    assert not d.grow(lambda: True)
+    begun = world.now
+    assert not d.grow(lambda: world.now > begun + 0.3 * world.base)
+    begun = world.now
+    assert d.grow(lambda: world.now > begun + 0.7 * world.base)
+    for s in (a, b):
+        audit(d, s)
 
 
 def test_who_sleeps_is_not_drafted_for() -> None:

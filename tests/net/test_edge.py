@@ -701,8 +701,8 @@ def test_nobody_waits_for_a_draft_that_reads_a_long_prompt(tmp_path: Path, monke
     draft = drafter(path)
     grow = draft.grow
 
-    def late() -> bool:
-        return any(len(s.tokens) > len(prompt) for s in draft._sessions) and grow()
+    def late(stop: Callable[[], bool]) -> bool:
+        return any(len(s.tokens) > len(prompt) for s in draft._sessions) and grow(stop)
 
     monkeypatch.setattr(draft, "grow", late)
     with Server(engine(path)) as server, Edge(server.address, draft) as edge:
@@ -717,11 +717,11 @@ def test_a_draft_that_fails_is_given_up(tmp_path: Path, monkeypatch: pytest.Monk
     draft, calls = drafter(path), iter(range(10**6))
     grow, rest, rests = draft.grow, Edge._rest, list[float]()
 
-    def fail() -> bool:
+    def fail(stop: Callable[[], bool]) -> bool:
         rests.clear()
         if next(calls) == 6:
             raise RuntimeError("the draft is broken")
-        return grow()
+        return grow(stop)
 
     def watched(edge: Edge, seconds: float) -> None:
         rests.append(seconds)
