@@ -210,10 +210,10 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class DraftConfig:
-    """How trees are grown: `tree_size` nodes of a submitted tree at most, `width` rows a draft forward, `branch` children kept of a row."""
+    """How trees are grown: at most `tree_size` nodes of a submitted tree and `width` rows of a draft forward, `branch` children kept of a row."""
 
     tree_size: int = 31
-    width: int = 8
+    width: int = 32
     branch: int = 8
     depth: int | None = None  # draft forwards before a tree of exactly `tree_size` nodes is submitted; None: both as measured times and odds say
     tau: float = 1.0  # how far the draft's probabilities are trusted beside the shared noise

@@ -11,6 +11,7 @@ each as recomputation would give it; an unexpanded root has no live rows.
 
 import heapq
 import math
+import threading
 import time
 from bisect import insort
 from collections.abc import Callable
@@ -114,6 +115,7 @@ class Drafter:
         self._made = 0  # nodes, for their order
         self._rounds = 0  # trees submitted
         self._ended = self._took = 0.0  # the last forward
+        self.lock = threading.Lock()  # held by the Edge that drafts with it
         self.closed = False
 
     @classmethod
@@ -186,7 +188,8 @@ class Drafter:
         if not self.pace.known:
             return all(s.forwards >= START or s.forwards * self._took >= BRIEF for s in growing)
         forward = self.pace.draft.predict(min(self.config.width, sum(len(s.heap) for s in growing)), sum(len(s.tokens) for s in growing))
-        return sum(map(self._gain, growing)) <= forward * sum(map(self._per_second, live))
+        lost = 1 - self.pace.kept  # what is not grown now will be in flight, and is lost only if the verdict leaves none of it
+        return lost * sum(map(self._gain, growing)) <= forward * sum(map(self._per_second, live))
 
     def behind(self, session: Session) -> bool:
         """Whether it takes more than one forward to read what the text has so far."""
@@ -239,9 +242,11 @@ class Drafter:
         new = walked.pop() if hit else None
         self._commit(session, walked)
         session.tokens += text
-        session.submitted = None
         if max(tokens) >= self._vocab:
             session.limit = 0  # a token that this model does not know: nothing can follow it
+        if session.submitted is not None:
+            self.pace.rooted(new is not None and new.slot >= 0)
+        session.submitted = None
         self._root(session, new or self._node(text[-1], None, 0.0), walked)
         depths = [n.depth for n in (session.root, *session.nodes) if n.slot >= 0]  # so deep have earlier forwards grown what is left
         session.forwards = max(depths) - session.root.depth + 1 if depths else 0
@@ -371,21 +376,23 @@ class Drafter:
         return session.root.slot >= 0 and bool(session.heap) and bool(session.free) and not session.asleep
 
     def _pick(self) -> list[tuple[Session, list[Node]]]:
-        """The best `width` candidates over all sessions; sessions that await no verdict come first, for somebody waits for them. Fewer while
-        all await theirs and one is due, so that the forward is over by then, or short."""
+        """The best candidates over all sessions; sessions that await no verdict come first, for somebody waits for them. As many as make the most of
+        a second: the largest (sum of their scores) / (time of the forward), and at most `width`; that many until it is known what rows cost."""
         picked: dict[int, list[Node]] = {}
         front = [(s.submitted is not None, s.heap[0][0] + s.root.score, i) for i, s in enumerate(self._sessions) if self._growable(s)]
+        if not self.config.proactive:
+            front = [f for f in front if not f[0]]
         heapq.heapify(front)
-        rows, left = self.config.width, max(self._due(), SHORT)
-        while rows > 1 and self.pace.draft.predict(rows, 0) > left:
-            rows -= 1
-        for _ in range(rows):
+        total, cost = 0.0, self.pace.draft
+        for n in range(self.config.width):
             if not front:
                 break
+            p = math.exp(-front[0][1])
+            if cost.confident and p * cost.predict(n, 0) < total * cost.slope(n):
+                break
+            total += p
             flying, _score, i = heapq.heappop(front)
             session = self._sessions[i]
-            if flying and not self.config.proactive:
-                continue
             node = heapq.heappop(session.heap)[2]
             node.slot = heapq.heappop(session.free)
             assert node.parent is not None

@@ -13,6 +13,7 @@ from statistics import median
 from specedge.engine.cost import CostModel
 
 RECENT = 15  # rounds whose median `around` is: one that was sent again, or met a reconnect, does not count
+STEADY = 0.05  # weight of the latest in a running mean
 FORGET = 0.9  # of what a text's earlier rounds count, with every round
 
 
@@ -31,6 +32,7 @@ class Pace:
     def __init__(self) -> None:
         self.draft, self.verify = CostModel(), CostModel()
         self._around: deque[float] = deque(maxlen=RECENT)
+        self.kept = 0.0  # share of verdicts lately whose next root had been grown from
 
     @property
     def known(self) -> bool:
@@ -46,6 +48,10 @@ class Pace:
         """The verdict on a tree came `seconds` after it."""
         self._around.append(max(0.0, seconds - served.seconds))
         self.verify.observe(served.rows, context, served.seconds)
+
+    def rooted(self, grown: bool) -> None:
+        """A verdict's next root had been grown from, or not."""
+        self.kept += STEADY * (grown - self.kept)
 
     def away(self, rows: int, context: int) -> float:
         """Seconds until the verdict on a tree that makes a step of `rows` rows."""

@@ -79,6 +79,11 @@ class SpeculativeEngine(TextEngine):
     def advance(self) -> None:
         """Grow the trees that nobody waits for yet, offer them, verify them."""
         drafting = [t for t in self._texts.values() if t.session and t.sequence.tree is None]
+        for text in drafting:
+            assert text.session is not None
+            unwanted = text.sequence.acceptance.budget == 0
+            if unwanted != text.session.asleep:
+                self.drafter.sleep(text.session, unwanted)
         while not self.drafter.ready(*(t.session for t in drafting if t.session)) and self.drafter.grow():
             pass
         for text in drafting:

@@ -27,6 +27,7 @@ from specedge.config import DraftConfig, SamplingParams, SpecedgeError, is_batch
 from specedge.engine.autopilot import FIRST, SMALL, Autopilot
 from specedge.engine.drafter import Drafter, Session
 from specedge.engine.request import Chunk, Completion, Output
+from specedge.engine.texts import UseError
 from specedge.net import wire
 from specedge.net.client import ServerError
 from specedge.net.link import Link
@@ -65,8 +66,8 @@ class Edge:
 
     `tokenizer`: a directory, or a Tokenizer; by default the draft's. Without either, prompts are lists of ids and texts are empty. `key`: a file
     that `specedge-edge keygen` made; servers whose address names their own key ask for it. Raises ServerError, AuthError, ModelError,
-    TokenizerError or DeviceError, each one sentence. Thread-safe. Close it, or use it as a context manager: that closes a draft that was loaded
-    here, too; a Drafter that was given stays open.
+    TokenizerError or DeviceError, each one sentence, and UseError for a Drafter in use. Thread-safe. Close it, or use it as a context
+    manager: that closes a draft that was loaded here, too; a Drafter that was given stays open, and may be given to another Edge from then on.
     """
 
     def __init__(
@@ -86,6 +87,9 @@ class Edge:
         self.tokenizer = tokenizer or (draft.tokenizer if draft else None)
         if draft and draft.tokenizer and self.tokenizer and draft.tokenizer.digest() != self.tokenizer.digest():
             raise ServerError("the draft has another tokenizer than the one that was named: a draft must share the server's vocabulary")
+        lock = draft.lock if draft else threading.Lock()
+        if not lock.acquire(blocking=False):
+            raise UseError("this Drafter is in the hands of another Edge: close that one, or load a Drafter for each")
         self._servers, self._key = [server] if isinstance(server, str) else list(server), key
         self._commands: queue.SimpleQueue[tuple[Text, bool]] = queue.SimpleQueue()  # (text, begin or cancel)
         self._knock, self._door = socket.socketpair()  # wakes the worker's poll
@@ -95,7 +99,7 @@ class Edge:
         self._closing = False
         self._failure: SpecedgeError | None = None  # why the worker ended, unless it was told to
         started: queue.SimpleQueue[wire.Welcome | BaseException] = queue.SimpleQueue()
-        self._worker = threading.Thread(target=self._run, args=(started,), name="specedge-edge", daemon=True)
+        self._worker = threading.Thread(target=self._run, args=(started, lock), name="specedge-edge", daemon=True)
         self._worker.start()
         answer = started.get()
         if isinstance(answer, BaseException):
@@ -194,11 +198,12 @@ class Edge:
     # ------------------------------------------------------------------------------------------------------------------
     # the worker
 
-    def _run(self, started: "queue.SimpleQueue[wire.Welcome | BaseException]") -> None:
+    def _run(self, started: "queue.SimpleQueue[wire.Welcome | BaseException]", lock: threading.Lock) -> None:
         digest = self.tokenizer.digest() if self.tokenizer else b""
         try:
             self._link = Link(self._servers, digest, self._key, self._wake)
         except BaseException as e:
+            lock.release()
             started.put(e)
             return
         started.put(self._link.welcome)
@@ -216,6 +221,7 @@ class Edge:
             self._link.close()
             self._knock.close()
             self._door.close()
+            lock.release()
 
     def _loop(self) -> None:
         while not self._closing:
@@ -303,15 +309,15 @@ class Edge:
 
     def _alone(self, text: Text) -> int:
         """Tokens to leave to the server; 0: draft."""
-        if text.rounds.budget == 0:
-            return FIRST
-        return self._pilot.alone if self._pilot is not None else 0
+        if self._pilot is None:
+            return 0
+        return FIRST if text.rounds.budget == 0 else self._pilot.alone
 
     def _ready(self, text: Text) -> bool:
         """Whether the next round may begin: with a tree, or without, where nothing is drafted or the draft still has much to read."""
         if text.session is None or self._drafter is None:
             return True
-        return self._drafter.behind(text.session) or self._drafter.ready(text.session)
+        return text.rounds.budget == 0 or self._drafter.behind(text.session) or self._drafter.ready(text.session)
 
     def _submit(self, text: Text) -> None:
         """Begin the next round: the tree, or, where nothing is drafted, leave to decode alone."""

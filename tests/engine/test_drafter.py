@@ -4,6 +4,7 @@ The K/V of a row is a hash of the whole path of tokens that it saw; a forward pa
 so a wrong slot, page, ancestor bit or position shows up at once.
 """
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 
 from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, EngineConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
+from specedge.engine.cost import CostModel
 from specedge.engine.drafter import Drafter, Session
 from specedge.engine.model import Abandoned
 from specedge.engine.pace import Served
@@ -390,6 +392,53 @@ def test_a_dear_draft_grows_less_than_a_cheap_one() -> None:
         world.base = base
         found[base] = rounds(d, world, 0.05, 0.02, 0.0)["forwards"]
     assert found[0.0005] > found[0.02] > found[0.2] > 0.99
+
+
+def test_forwards_are_as_wide_as_rows_are_cheap() -> None:
+    found = {}
+    for row in (0.0, 0.005, 0.02):
+        d, world = paced()
+        world.base, world.row = 0.02, row
+        s = grown(d, [1, 2, 3], SamplingParams(1.0, 100, seed=2), forwards=3)
+        d.pace.draft = CostModel()
+        for rows in (1, 8, 32) * 8:
+            d.pace.draft.observe(rows, 0, 0.02 + row * rows)
+        nodes = d._pick()[0][1]
+        found[row] = len(nodes)
+        p = sorted((math.exp(n.score - s.root.score) for n in [*nodes, *(n for _, _, n in s.heap)]), reverse=True)
+        best = max(range(1, 33), key=lambda n: sum(p[:n]) / d.pace.draft.predict(n, 0))
+        assert [n.score for n in nodes] == sorted((n.score for n in nodes), reverse=True) and abs(len(nodes) - best) <= 1
+    assert found[0.0] == 32 > found[0.005] > found[0.02] >= 1
+
+
+def test_what_grows_in_flight_need_not_grow_before() -> None:
+    """The more often a verdict keeps what has grown, the sooner a tree goes out."""
+    d, world = paced()
+    s = grown(d, [1, 2, 3], forwards=2)
+    d.pace.answered(0.05, Served(0.03, 8), 10)
+    d.pace.draft.observe(8, 10, world.base)
+    need = d._gain(s)
+    d._per_second = lambda s: 0.5 * need / d.pace.draft.predict(32, 10)  # type: ignore[method-assign]
+    assert not d.ready(s)
+    for _ in range(60):
+        d.pace.rooted(True)
+    assert d.ready(s) and 0.9 < d.pace.kept <= 1
+    for _ in range(60):
+        d.pace.rooted(False)
+    assert not d.ready(s) and d.pace.kept < 0.1
+
+
+def test_only_a_root_that_was_grown_from_counts_as_kept() -> None:
+    d, _ = paced()
+    s = grown(d, [1, 2, 3], forwards=1)
+    d.submit(s, 7)
+    leaf = next(n for n in s.nodes if n.slot < 0 and n.parent is s.root)
+    assert d.verdict(s, 0, [leaf.token]) and d.pace.kept == 0.0, "a hit, of which nothing was drafted"
+    d.grow()
+    d.grow()
+    d.submit(s, 7)
+    grown_from = next(n for n in s.nodes if n.slot >= 0 and n.parent is s.root)
+    assert d.verdict(s, 0, [grown_from.token]) and d.pace.kept > 0
 
 
 def test_dear_rows_make_small_trees() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from specedge.config import DraftConfig, EngineConfig, SamplingParams
 from specedge.engine import texts
+from specedge.engine.admission import Acceptance
 from specedge.engine.drafter import Drafter
 from specedge.engine.engine import Engine
 from specedge.engine.speculative import SpeculativeEngine
@@ -204,3 +205,22 @@ def test_long_prompts_have_a_bar(make: Make, monkeypatch: pytest.MonkeyPatch, ca
     next(stream)
     assert capsys.readouterr().err.rstrip(" ").endswith("\r"), "gone before the text begins"
     assert "".join(str(c.token_ids) for c in stream) and capsys.readouterr().err == ""
+
+
+def test_nothing_is_drafted_while_no_nodes_are_wanted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first tree teaches that nodes do not pay; from the sixth step on they do."""
+    want = engine(model).generate([[1, 2, 3]], SamplingParams(max_tokens=40, seed=1))[0].token_ids
+    small = DraftConfig(tree_size=3, engine=EngineConfig(kv_tokens=8192, max_rows=256))
+    both, steps = SpeculativeEngine(engine(model, admission=True), drafter(model, small)), list[int]()
+    grow = both.drafter.grow
+
+    def plan(sessions: list[Acceptance], *_: object) -> None:
+        steps.append(len(forwards))
+        for s in sessions:
+            s.budget = 0 if len(steps) < 6 else 7
+
+    forwards = list[int]()
+    monkeypatch.setattr(both.engine.admission, "plan", plan)
+    monkeypatch.setattr(both.drafter, "grow", lambda: (forwards.append(1), grow())[1])
+    assert both.generate([[1, 2, 3]], SamplingParams(max_tokens=40, seed=1))[0].token_ids == want
+    assert 0 < steps[0] == steps[5] < steps[6], "forwards before each step"

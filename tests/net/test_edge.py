@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from specedge.config import DraftConfig, EngineConfig, SamplingParams
 from specedge.engine.drafter import Drafter
 from specedge.engine.engine import Engine
 from specedge.engine.request import Completion
+from specedge.engine.texts import UseError
 from specedge.net import rounds as rounds_module
 from specedge.net import wire
 from specedge.net.client import Connection, ServerError
@@ -592,6 +594,33 @@ def test_a_draft_and_a_tokenizer_that_do_not_agree(draft: Drafter, monkeypatch: 
     monkeypatch.setattr(draft, "tokenizer", Tokenizer(byte_tokenizer()))
     with Fake(honest) as fake, pytest.raises(ServerError, match="the draft has another tokenizer than the one that was named"):
         Edge(fake.address, draft, tokenizer=Tokenizer(other))
+
+
+def test_a_draft_belongs_to_one_edge_at_a_time(draft: Drafter) -> None:
+    with Fake(honest) as fake:
+        with Edge(fake.address, draft), pytest.raises(UseError, match="in the hands of another Edge: close that one, or load a Drafter for each"):
+            Edge(fake.address, draft)
+        with pytest.raises(ServerError):
+            Edge("specedge://127.0.0.1:1", draft)
+        with Edge(fake.address, draft) as edge:
+            assert edge.generate([[1]], TEN)[0].token_ids == truth(1)
+
+
+@pytest.mark.parametrize("autopilot", [True, False])
+def test_only_an_autopilot_leaves_a_text_to_a_server_that_wants_no_nodes(draft: Drafter, autopilot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one the rounds go on, each a step of the server without a tree, until it wants nodes again."""
+    monkeypatch.setattr(draft, "config", replace(draft.config, autopilot=autopilot))
+
+    def poor(fake: Fake, m: Draft) -> Iterator[Answer]:
+        for base in range(m.base, max(m.base + 1, m.run_until)):
+            yield verdict(fake, m, base=base, row_budget=0 if base < 5 else 6)
+
+    with Fake(poor) as fake, Edge(fake.address, draft) as edge:
+        assert edge.generate([[1]], TEN)[0].token_ids == truth(1)
+        rounds = [m for m in fake.of(Draft) if isinstance(m, Draft)]
+    assert any(m.run_until for m in rounds) == autopilot
+    if not autopilot:
+        assert [bool(m.tokens) for m in rounds[:5]] == [True, *[False] * 4] and any(m.tokens for m in rounds[5:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
