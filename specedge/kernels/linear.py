@@ -69,9 +69,9 @@ class Linear:
 
 def _side_by_side(x: Tensor) -> Tensor:
     """`x [2F, ..]` as panels of 16 gates and the 16 that they multiply; F is rounded up with zeros."""
-    parts = x.unflatten(0, (2, -1))  # [2, F, ..]
-    parts = torch.cat((parts, parts.new_zeros((2, -parts.shape[1] % LANES, *x.shape[1:]))), dim=1)
-    return parts.unflatten(1, (-1, LANES)).transpose(0, 1).flatten(0, 2).contiguous()
+    parts, inner = x.reshape(2, -1, *x.shape[1:]), x.shape[1:]  # [2, F, ..]
+    parts = torch.cat((parts, parts.new_zeros((2, -parts.shape[1] % LANES, *inner))), dim=1)
+    return parts.view(2, -1, LANES, *inner).transpose(0, 1).reshape(-1, *inner)
 
 
 def _onednn_packs(dtype: torch.dtype) -> bool:
