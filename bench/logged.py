@@ -94,7 +94,7 @@ class LoggedEngine(Engine):
 
     def open(self, tokens: list[int], params: SamplingParams, prompt_len: int | None = None, *args: object, **kwargs: object) -> Sequence:
         sequence = super().open(tokens, params, prompt_len, *args, **kwargs)  # type: ignore[arg-type]
-        self.prompts[sequence.order] = tokens[: sequence.prompt_len]
+        self.prompts[sequence.number] = tokens[: sequence.prompt_len]
         return sequence
 
     def step(self, most: int = ALL) -> list[Verdict]:
@@ -102,7 +102,7 @@ class LoggedEngine(Engine):
         self.runner.rows_run = 0
         begun = time.monotonic()
         verdicts = super().step(most)
-        found = [(v.sequence.order, v.base, v.verified, len(v.path) + len(v.tokens)) for v in verdicts]
+        found = [(v.sequence.number, v.base, v.verified, len(v.path) + len(v.tokens)) for v in verdicts]
         if self.runner.rows_run:
             self.steps.append((begun, time.monotonic(), self.runner.rows_run, found))
         return verdicts

@@ -159,7 +159,7 @@ class Simulation:
         real, engine_module.time = engine_module.time, self.clock  # type: ignore[assignment]
         try:
             self._wave(None)
-            while self._events[0][0] < until and not 0 < waves <= len(self.waves):
+            while self._events and self._events[0][0] < until and not 0 < waves <= len(self.waves):
                 self.clock.now, _, kind, what = heapq.heappop(self._events)
                 getattr(self, f"_{kind}")(what)
         finally:
@@ -216,6 +216,7 @@ class Simulation:
         edge = self._of[what[0].sequence]
         edge.inbox.append(what)
         if edge.begun is not None and self.clock.now < edge.begun + edge.table.took / 2:
+            edge.drafting -= edge.begun + edge.table.took - self.clock.now
             edge.begun = None
             self._edge((edge, edge.looks))
         elif edge.asleep:
@@ -259,7 +260,7 @@ class Simulation:
         """What came after `warm` seconds, or after the first wave; as in bench/cells.py, while all sessions were at work."""
         waves, spans = self.waves[1:], windows([[{"times": rounds} for rounds in wave] for wave in self.waves[1:]])
         if not self.world.text:
-            waves, spans = [[[r for r in rounds if r[0] > warm] for rounds in self.waves[0]]], [(warm, self.clock.now)]
+            waves, spans = [[[r for r in rounds if r[0] > warm] for wave in self.waves for rounds in wave]], [(warm, self.clock.now)]
         length = sum(b - a for a, b in spans) or math.nan
         steps = [s for s in self.steps if any(a < s[1] <= b for a, b in spans)] or [(0.0, 0.0, 0, 0)]
         rounds = [r for wave in waves for one in wave for r in one]

@@ -160,7 +160,7 @@ void run_tiles(const Linear<bf16>& a, bool scalar) {
   };
   const auto done = [&](int64_t panel, const float* sums) { finish<Native>(a, panel, 1, sums, COLUMNS); };
   const double work = double(a.panels() * COLUMNS) * double(a.k) * (0.1 + 0.001 * double(a.rows));
-  walk_tiles(x.rows, a.panels(), words<bf16>(a.k), COLUMNS * 4, x.rows * x.width * 2, a.packed, work, tile, done);
+  walk_tiles(x.rows, a.panels(), words<bf16>(a.k), COLUMNS * 4, x.width * 2, a.packed, work, tile, done);
 }
 #endif
 

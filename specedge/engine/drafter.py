@@ -188,7 +188,7 @@ class Drafter:
         if not self.pace.known:
             return all(s.forwards >= START or s.forwards * self._took >= BRIEF for s in growing)
         forward = self.pace.draft.predict(min(self.config.width, sum(len(s.heap) for s in growing)), sum(len(s.tokens) for s in growing))
-        lost = 1 - self.pace.kept  # what is not grown now will be in flight, and is lost only if the verdict leaves none of it
+        lost = 1 - self.pace.kept if self.config.proactive else 1.0  # what is not grown now will be in flight, and lost if the verdict leaves none
         return lost * sum(map(self._gain, growing)) <= forward * sum(map(self._per_second, live))
 
     def behind(self, session: Session) -> bool:
@@ -244,7 +244,7 @@ class Drafter:
         session.tokens += text
         if max(tokens) >= self._vocab:
             session.limit = 0  # a token that this model does not know: nothing can follow it
-        if session.submitted is not None:
+        if session.submitted:
             self.pace.rooted(new is not None and new.slot >= 0)
         session.submitted = None
         self._root(session, new or self._node(text[-1], None, 0.0), walked)

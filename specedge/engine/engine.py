@@ -193,7 +193,7 @@ class Engine(TextEngine):
             prompts = sum(w.chain - 1 for w in wants if not w.batch and (not w.token or w.chain > LEAST))
             chosen = self.admission.choose(
                 [running[i].acceptance for i in ready], [wants[i].nodes for i in ready], rows, len(ready),
-                sum(running[i].computed for i in ready), self.runner.sizes.max_rows - rows - min(prompts, CHUNK_BESIDE_TREES),
+                sum(running[i].computed for i in ready), self.runner.sizes.max_rows - rows - min(prompts, CHUNK_BESIDE_TREES, self.runner.sizes.max_rows // 2),
             )  # fmt: skip
             for i, nodes in zip(ready, chosen, strict=True):
                 wants[i] = replace(wants[i], nodes=nodes)

@@ -19,12 +19,14 @@ class Line:
         self.waiting: list[Sequence] = []  # in order of arrival
         self.running: list[Sequence] = []  # longest waiting for a step first
         self.pool, self._most = pool, most
-        self._arrived = 0  # so far
+        self.opened = 0  # sequences so far
+        self._places = 0  # in the line that were given
 
     def join(self, s: Sequence, now: float) -> None:
         """A new sequence waits."""
-        self._arrived += 1
-        s.order, s.since, s.keys = self._arrived, now, self.pool.keys(s.tokens, s.account.name)
+        self.opened += 1
+        s.number, s.since, s.keys = self.opened, now, self.pool.keys(s.tokens, s.account.name)
+        self._to_the_end(s)
         self.waiting.append(s)
 
     def leave(self, s: Sequence) -> None:
@@ -49,13 +51,16 @@ class Line:
         while (first := self.admissible(now)) is not None:
             while not self._fits(first, self.running):
                 last = min((r for r in self.running if _yields(r, first, now)), key=lambda r: (not r.batch, r.since))
-                self._arrived += 1
-                last.order = self._arrived
+                self._to_the_end(last)
                 self.preempt(last, now)
             self.waiting.remove(first)
             first.table, first.computed = self.pool.open(first.tokens, first.account.name)
             first.parked, first.since = False, now
             self.running.append(first)
+
+    def _to_the_end(self, s: Sequence) -> None:
+        self._places += 1
+        s.order = self._places
 
     def admissible(self, now: float) -> Sequence | None:
         """The next that waits, if there is room beside those who do not yield to it."""

@@ -39,7 +39,8 @@ class Sequence:
     stop: frozenset[int]  # ids that end the text
     account: Account
     batch: bool = False  # takes what others leave
-    order: int = 0  # of arrival
+    number: int = 0  # of arrival, from 1
+    order: int = 0  # in the line
     keys: list[bytes] = field(default_factory=list)  # of the full pages that its known tokens begin with
     table: PageTable | None = None  # None while it waits for admission
     computed: int = 0

@@ -113,7 +113,9 @@ class Runner:
         as of Decoder.forward, which may raise Abandoned."""
         built = batch.build(self.device)
         if len(built.wanted) > len(self._logits):
-            self._logits = self._logits.new_empty((len(built.wanted), self._logits.shape[1]))
+            vocab = self._logits.shape[1]
+            self._logits = self._logits[:0].clone()  # free it first
+            self._logits = self._logits.new_empty((len(built.wanted), vocab))
         return self.model.forward(built, self.rows, self.pages, self._logits[: len(built.wanted)], stop)
 
     @torch.inference_mode()

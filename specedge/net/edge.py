@@ -87,9 +87,8 @@ class Edge:
         self.tokenizer = tokenizer or (draft.tokenizer if draft else None)
         if draft and draft.tokenizer and self.tokenizer and draft.tokenizer.digest() != self.tokenizer.digest():
             raise ServerError("the draft has another tokenizer than the one that was named: a draft must share the server's vocabulary")
-        lock = draft.lock if draft else threading.Lock()
-        if not lock.acquire(blocking=False):
-            raise UseError("this Drafter is in the hands of another Edge: close that one, or load a Drafter for each")
+        if draft and draft.closed:
+            raise UseError("this Drafter is closed: load it again")
         self._servers, self._key = [server] if isinstance(server, str) else list(server), key
         self._commands: queue.SimpleQueue[tuple[Text, bool]] = queue.SimpleQueue()  # (text, begin or cancel)
         self._knock, self._door = socket.socketpair()  # wakes the worker's poll
@@ -99,6 +98,9 @@ class Edge:
         self._closing = False
         self._failure: SpecedgeError | None = None  # why the worker ended, unless it was told to
         started: queue.SimpleQueue[wire.Welcome | BaseException] = queue.SimpleQueue()
+        lock = draft.lock if draft else threading.Lock()
+        if not lock.acquire(blocking=False):
+            raise UseError("this Drafter is in the hands of another Edge: close that one, or load a Drafter for each")
         self._worker = threading.Thread(target=self._run, args=(started, lock), name="specedge-edge", daemon=True)
         self._worker.start()
         answer = started.get()
@@ -199,8 +201,8 @@ class Edge:
     # the worker
 
     def _run(self, started: "queue.SimpleQueue[wire.Welcome | BaseException]", lock: threading.Lock) -> None:
-        digest = self.tokenizer.digest() if self.tokenizer else b""
         try:
+            digest = self.tokenizer.digest() if self.tokenizer else b""
             self._link = Link(self._servers, digest, self._key, self._wake)
         except BaseException as e:
             lock.release()
@@ -268,7 +270,7 @@ class Edge:
         except Exception:
             log.exception("drafting failed; going on without drafts")
             for text in self._texts.values():
-                text.session = None
+                self._leave(text)  # a Drafter that was given may serve another Edge
             self._drafter = None
             return True  # texts that waited for their trees are the server's now: 10 s would pass before they say anything else
 

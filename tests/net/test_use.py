@@ -47,7 +47,7 @@ def test_log_probabilities_stay_at_home(target: Engine) -> None:
         for ask in (lambda p: edge.generate([[5]], p), lambda p: next(edge.stream([5], p))):
             with pytest.raises(ValueError, match="^logprobs is 0, but must be None here: only token ids cross the network"):
                 ask(replace(PARAMS, logprobs=0))
-        assert target._opened == 0 and len(server._sessions) == 0
+        assert target.line.opened == 0 and len(server._sessions) == 0
 
 
 def test_several_completions_over_the_network(target: Engine, model: Path) -> None:
