@@ -188,7 +188,7 @@ class Drafter:
         if not self.pace.known:
             return all(s.forwards >= START or s.forwards * self._took >= BRIEF for s in growing)
         forward = self.pace.draft.predict(min(self.config.width, sum(len(s.heap) for s in growing)), sum(len(s.tokens) for s in growing))
-        lost = 1 - self.pace.kept if self.config.proactive else 1.0  # what is not grown now will be in flight, and lost if the verdict leaves none
+        lost = 1 - self.pace.kept if self.config.proactive else 1.0  # what is not grown now will be in flight
         return lost * sum(map(self._gain, growing)) <= forward * sum(map(self._per_second, live))
 
     def behind(self, session: Session) -> bool:
