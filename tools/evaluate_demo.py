@@ -46,7 +46,7 @@ def main() -> None:
     p.add_argument("--prefixes", type=int, default=40)
     p.add_argument("--no-card", action="store_true", help="print only")
     args = p.parse_args()
-    engine = Engine.from_pretrained(args.demo / "target", device="cpu")
+    engine = Engine.from_pretrained(args.demo / "target", device="cpu", sizes=EngineConfig(admission=False))  # whole trees
     config = DraftConfig(tree_size=NODES, depth=FORWARDS, autopilot=False, max_sessions=4, engine=EngineConfig(kv_tokens=4096, max_rows=256))
     both = SpeculativeEngine(engine, Drafter.from_pretrained(args.demo / "draft", config, device="cpu"))
     prompts = list(prefixes(engine, args.prefixes))
@@ -89,7 +89,7 @@ Python source of the kind that is in Python's own library; they know nothing els
   left out, and so is one file in 32, chosen by the hash of its name, for evaluation. Licence of the data: PSF License Agreement.
 - **Tokenizer**: byte-level BPE of 4,096 tokens, trained on the same files; id 0 ends a text.
 - **Training**: the target by cross entropy, Muon and AdamW, bfloat16 autocast on CPU cores; the draft by KL divergence to the target, on
-  2.0 M tokens of texts that the target wrote, in 1,800 steps of 4,096 tokens, of which the first 840 or so were at temperature 0.7 and not at 1.
+  {facts["draft"]["taught"]}.
 - **Tokens per round** with {NODES} nodes of {FORWARDS} forwards on {count} held-back prefixes of {PREFIX} tokens, {TOKENS} new
   ones each: {brought}.
 - **Repetition**: {repetition:.1%} of the 8-grams in greedy text occurred before in the same text.

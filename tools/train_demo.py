@@ -393,13 +393,13 @@ def stages(args: argparse.Namespace) -> Iterator[str]:
     held_bytes = sum(f.stat().st_size for f in held)
     yield f"tokens: {len(stream) / 1e6:.2f} M to learn ({size / len(stream):.2f} bytes per token), {len(test) / 1e6:.2f} M held back"
 
-    def finish(name: str, model: Decoder, seen: int) -> str:
+    def finish(name: str, model: Decoder, seen: int, **more: str) -> str:
         """Export a trained model; returns what is known of it."""
         model.eval().requires_grad_(False)
         loss = held_back_loss(model, test)
         bits = loss / math.log(2) * len(test) / held_bytes
         parameters = sum(p.numel() for p in model.parameters())
-        facts = {"parameters": parameters, "tokens_seen": seen, "held_back_loss": round(loss, 4), "bits_per_byte": round(bits, 4)}
+        facts = {"parameters": parameters, "tokens_seen": seen, "held_back_loss": round(loss, 4), "bits_per_byte": round(bits, 4), **more}
         (args.work / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
         export(model, vocabulary, args.out / name)
         return f"{name}: {json.dumps(facts)} -> {args.out / name}"
@@ -410,14 +410,16 @@ def stages(args: argparse.Namespace) -> Iterator[str]:
     yield finish("target", target, args.target_steps * args.tokens)
 
     texts = texts_of(target.to(torch.bfloat16), stream, args)
-    yield f"texts: {sum(t.ids.shape[0] * t.ids.shape[1] for t in texts) / 1e6:.2f} M tokens"
+    written = f"{sum(t.ids.shape[0] * t.ids.shape[1] for t in texts) / 1e6:.1f} M tokens of texts that the target wrote"
+    yield f"texts: {written}"
     torch.manual_seed(args.seed)
     draft = Decoder(DRAFT).to(device)
     with torch.no_grad():  # half as long as they are: a tied model begins by repeating what it reads
         u, s, _ = torch.linalg.svd(target.embed_tokens.weight.float(), full_matrices=False)
         draft.embed_tokens.weight.copy_(0.5 * (u * s)[:, : DRAFT["hidden_size"]])
     train("draft", draft, partial(draft_losses, draft, texts, args), args, args.draft_steps, 1.5 * args.lr)
-    yield finish("draft", draft, args.draft_steps * args.draft_tokens)
+    taught = f"{written}, in {args.draft_steps:,} steps of {args.draft_tokens:,} tokens"
+    yield finish("draft", draft, args.draft_steps * args.draft_tokens, taught=taught)
 
 
 def main() -> None:

@@ -191,9 +191,10 @@ class Engine(TextEngine):
         if self.runner.sizes.admission and any(wants[i].nodes for i in ready):
             rows = sum(wants[i].chain for i in ready)
             prompts = sum(w.chain - 1 for w in wants if not w.batch and (not w.token or w.chain > LEAST))
+            most_rows = self.runner.sizes.max_rows
             chosen = self.admission.choose(
                 [running[i].acceptance for i in ready], [wants[i].nodes for i in ready], rows, len(ready),
-                sum(running[i].computed for i in ready), self.runner.sizes.max_rows - rows - min(prompts, CHUNK_BESIDE_TREES, self.runner.sizes.max_rows // 2),
+                sum(running[i].computed for i in ready), most_rows - rows - min(prompts, CHUNK_BESIDE_TREES, most_rows // 2),
             )  # fmt: skip
             for i, nodes in zip(ready, chosen, strict=True):
                 wants[i] = replace(wants[i], nodes=nodes)
