@@ -7,6 +7,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/
 # where a GPU is: in the environment if there is one, else by the system's Python
 BENCH_PYTHON := $(if $(wildcard $(PYTHON)),$(PYTHON),python3)
 OUT ?= bench/results
+PYTEST := $(PYTHON) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-full bench-gpu bench-serve clean
 
@@ -16,10 +17,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(PYTHON) -m pytest -m "not full and not gpu"
+	$(PYTEST) -m "not full and not gpu"
 
 test-full: $(VENV)/.installed-dev
-	$(PYTHON) -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 bench-gpu:
 	$(BENCH_PYTHON) -m bench.gpu --out $(OUT) $(ARGS)
