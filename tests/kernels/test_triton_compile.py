@@ -65,9 +65,10 @@ def test_sm_90(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", [80, 89])
 def test_without_wgmma(arch: int, tmp_path: Path) -> None:
-    decode, rows, tree = compiled(arch, [DECODE, TREE], tmp_path)
+    decode, rows, tree, *row_ops = compiled(arch, [DECODE, TREE, POINTWISE[0]], tmp_path)
     assert decode["mma"] == rows["mma"] == tree["mma"] == ["mma.m16n8k16"] and (decode["ROWS"], tree["ROWS"]) == (16, 64)
     assert decode["warps_along_keys"] == tree["warps_along_keys"] == [8]  # a row's keys are summed by the same threads
+    assert [k["fma"] for k in row_ops if k["name"] == "rope_kernel" and not k["NORM"]] == [0]
 
 
 @pytest.mark.full
