@@ -208,7 +208,7 @@ Linear<T> linear_of(const Tensor& x, const Tensor& packed, int64_t n, const std:
   check(x, "x", 2, DTYPE<T>);
   if (bias) check(*bias, "bias", 1, DTYPE<T>);
   Linear<T> a{data<T>(x), packed.data_ptr(), nullptr, bias ? data<T>(*bias) : nullptr, nullptr, nullptr, x.size(0), n, x.size(1), gated};
-  TORCH_CHECK(!bias || bias->size(0) == (gated ? a.panels() * COLUMNS : n), "bias must have ", gated ? a.panels() * COLUMNS : n, " elements");
+  TORCH_CHECK(!bias || bias->size(0) == a.columns(), "bias must have ", a.columns(), " elements");
   TORCH_CHECK(!gated || !logits, "a gated layer has no logits");
   if (logits) {
     check(*logits, "logits", 2, at::kFloat);
@@ -241,7 +241,7 @@ Tensor linear_int_op(const Tensor& x, const Tensor& packed, const std::optional<
   if (scale) check(*scale, "scale", 1, at::kFloat);
   by_dtype(x, "x", [&]<class T>(T) {
     Linear<T> a = linear_of<T>(x, packed, n, bias, gated, logits, y);
-    TORCH_CHECK(!scale || scale->size(0) == (gated ? a.panels() * COLUMNS : n), "scale must have ", gated ? a.panels() * COLUMNS : n, " elements");
+    TORCH_CHECK(!scale || scale->size(0) == a.columns(), "scale must have ", a.columns(), " elements");
     TORCH_CHECK(packed.sizes() == at::IntArrayRef({a.panels(), (a.k + INPUTS - 1) / INPUTS, scale ? STEP8 : STEP4}), "packed is ",
                 packed.sizes(), " for ", n, " outputs of ", a.k, " inputs");
     if (scale) a.scale = data<float>(*scale);

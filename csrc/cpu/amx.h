@@ -8,8 +8,6 @@
 // Invariant: a row of x meets its own row of sums alone, so that its bits depend on no other row and on no number of rows.
 #pragma once
 
-#include <memory>
-
 #include "linear.h"
 
 #ifdef __AMX_TILE__
@@ -107,28 +105,25 @@ struct TilePairsTwin {
   }
 };
 
-// x [rows][k] in the order in which walk_tiles reads it, so that each tile is 1 KB of one stream: for each block of k, for each 32 rows, for each 64
-// bytes of k, those bytes of all rows. What is not there is zero: k is rounded up to 64 bytes, and rows above 16 to 16.
 // Bytes of k that passes over `rows` rows of `bytes` take at once: all, if one pass reads the weights or two pass over a panel of 64 KB (in blocks 64
 // rows of 896 took 11 % longer, and 20 % less of 4,864), else as many as make a block.
 inline int64_t at_once(int64_t rows, int64_t bytes) {
   return rows <= PAIR || (rows <= 2 * PAIR && bytes / TILE_BYTES * TWO_TILES <= 64 << 10) ? bytes : TILES_BLOCK / TWO_TILES * TILE_BYTES;
 }
 
-struct Free {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
+// x [rows][k] in the order in which walk_tiles reads it, so that each tile is 1 KB of one stream: for each block of k, for each 32 rows, for each 64
+// bytes of k, those bytes of all rows. What is not there is zero: k is rounded up to 64 bytes, and rows above 16 to 16.
 template <class T>
 struct TileRows {
   static constexpr int64_t EACH = TILE_BYTES / sizeof(T);
   int64_t rows, width, block;  // rounded up
-  std::unique_ptr<T, Free> all;
+  std::unique_ptr<T[], Free> all;
 
   TileRows(const T* x, int64_t count, int64_t k)
       : rows(count <= TILE_ROWS ? count : (count + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS),
         width((k + EACH - 1) / EACH * EACH),
         block(at_once(rows, width * sizeof(T)) / sizeof(T)),
-        all(static_cast<T*>(::operator new(size_t(rows * width) * sizeof(T), std::align_val_t(64)))) {
+        all(room_for<T>(rows * width)) {
     for_each((rows + PAIR - 1) / PAIR, double(rows) * double(width) / 20, [=, this](int64_t i) {
       const int64_t first = i * PAIR, height = std::min(rows - first, PAIR);
       for (int64_t r = first; r < first + height; r++)
@@ -154,11 +149,17 @@ inline bool keeps_sums(int64_t rows, int64_t panels) {
   return rows * (panels + threads() - 1) / threads() * COLUMNS * int64_t(sizeof(float)) <= X_BYTES;
 }
 
-// f(first row, rows) for as many rows at a time as leave half of L2 to the weights: x of `bytes` a row is read once for every panel.
-template <class F>
-void in_slices(int64_t rows, int64_t bytes, int64_t panels, F f) {
-  const int64_t most = keeps_sums(rows, panels) ? rows : std::max(2 * PAIR, X_BYTES / bytes / PAIR * PAIR);
-  for (int64_t first = 0; first < rows; first += most) f(first, std::min(rows - first, most));
+// f(a layer over some rows) for as many at a time as leave half of L2 to the weights: x of `bytes` a row is read once for every panel.
+template <class T, class F>
+void in_slices(const Linear<T>& a, int64_t bytes, F f) {
+  const int64_t most = keeps_sums(a.rows, a.panels()) ? a.rows : std::max(2 * PAIR, X_BYTES / bytes / PAIR * PAIR);
+  for (int64_t first = 0; first < a.rows; first += most) {
+    Linear<T> slice = a;
+    slice.x += first * a.k, slice.rows = std::min(a.rows - first, most);
+    if (a.logits) slice.logits += first * a.n;
+    if (a.out) slice.out += first * a.n;
+    f(slice);
+  }
 }
 
 // What a pass works on: rows row .. row + height of x, steps from .. to of a panel, whose first is at w. While it does it fetches `lines` cache
@@ -178,20 +179,21 @@ struct Pass {
 // Call tile(pass) for all passes and done(panel, sums [rows][COLUMNS]) after each panel, on all threads. The passes over a panel share the work of
 // fetching what comes next, so that memory streams while they multiply; many go by blocks, which stay in L1. x is in L2: by slices of k,
 // where it is larger than half of that, and then so are the sums of all panels.
-template <class Tile, class Done>
-void walk_tiles(int64_t rows, int64_t panels, int64_t steps, int64_t step_bytes, int64_t row_bytes, const void* packed, double work, Tile tile, Done done) {
+template <class T, class Tile, class Done>
+void walk_tiles(const TileRows<T>& x, int64_t panels, int64_t steps, int64_t step_bytes, const void* packed, double work, Tile tile, Done done) {
+  const int64_t rows = x.rows, row_bytes = x.width * int64_t(sizeof(T));
   const int64_t parts = std::min(threads(), panels), passes = (rows + PAIR - 1) / PAIR, lines = (TWO_TILES / 64 + passes - 1) / passes;
-  const int64_t block = at_once(rows, row_bytes) / TILE_BYTES * TWO_TILES / step_bytes;
+  const int64_t block = x.block / x.EACH * TWO_TILES / step_bytes;
   const int64_t slices = keeps_sums(rows, panels) ? (rows * row_bytes + X_BYTES - 1) / X_BYTES : 1;
   const int64_t slice = ((steps + slices - 1) / slices + block - 1) / block * block;
   for_each(parts, work, [&](int64_t part) {
     const Tiles tiles(std::min(rows, TILE_ROWS));
     const int64_t begin = panels * part / parts, end = panels * (part + 1) / parts, apart = slices > 1 ? rows * COLUMNS : 0;
-    float* sums = new (std::align_val_t(64)) float[size_t(std::max(rows * COLUMNS, apart * (end - begin)))];
+    const auto sums = room_for<float>(std::max(rows * COLUMNS, apart * (end - begin)));
     for (int64_t first = 0; first < steps; first += slice)
       for (int64_t panel = begin; panel < end; panel++) {
         const int64_t last = std::min(steps, first + slice);
-        float* to_sums = sums + (panel - begin) * apart;
+        float* to_sums = sums.get() + (panel - begin) * apart;
         for (int64_t from = first; from < last; from += block) {
           const int64_t to = std::min(last, from + block), bytes = (to - from) * step_bytes;
           const char* w = static_cast<const char*>(packed) + (panel * steps + from) * step_bytes;
@@ -203,7 +205,6 @@ void walk_tiles(int64_t rows, int64_t panels, int64_t steps, int64_t step_bytes,
         }
         if (last == steps) done(panel, to_sums);
       }
-    ::operator delete[](sums, std::align_val_t(64));
   });
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -30,6 +31,15 @@ struct Aligned {
 };
 template <class T>
 using Vector = std::vector<T, Aligned<T>>;
+
+// The same, not cleared.
+struct Free {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+template <class T>
+std::unique_ptr<T[], Free> room_for(int64_t n) {
+  return std::unique_ptr<T[], Free>(Aligned<T>().allocate(size_t(n)));
+}
 
 template <class T>
 void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t width, float eps, bool scalar);
@@ -80,6 +90,7 @@ struct Linear {
   bool gated;
 
   int64_t panels() const { return gated ? (n + LANES - 1) / LANES : (n + COLUMNS - 1) / COLUMNS; }
+  int64_t columns() const { return gated ? panels() * COLUMNS : n; }  // that scale and bias have
 };
 // Words of 4 bytes that the weights of an output take; of bf16 whole tiles where tiles are multiplied (amx.h).
 template <class T>

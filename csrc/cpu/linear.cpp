@@ -160,7 +160,7 @@ void run_tiles(const Linear<bf16>& a, bool scalar) {
   };
   const auto done = [&](int64_t panel, const float* sums) { finish<Native>(a, panel, 1, sums, COLUMNS); };
   const double work = double(a.panels() * COLUMNS) * double(a.k) * (0.1 + 0.001 * double(a.rows));
-  walk_tiles(x.rows, a.panels(), words<bf16>(a.k), COLUMNS * 4, x.width * 2, a.packed, work, tile, done);
+  walk_tiles(x, a.panels(), words<bf16>(a.k), COLUMNS * 4, a.packed, work, tile, done);
 }
 #endif
 
@@ -185,13 +185,7 @@ void linear(const Linear<float>& a, bool scalar) {
 template <>
 void linear(const Linear<bf16>& a, bool scalar) {
 #ifdef __AMX_TILE__
-  in_slices(a.rows, a.k * 2, a.panels(), [&](int64_t first, int64_t rows) {
-    Linear<bf16> slice = a;
-    slice.x += first * a.k, slice.rows = rows;
-    if (a.logits) slice.logits += first * a.n;
-    if (a.out) slice.out += first * a.n;
-    run_tiles(slice, scalar);
-  });
+  in_slices(a, a.k * 2, [&](const Linear<bf16>& slice) { run_tiles(slice, scalar); });
 #else
   if (scalar) return run<Pairs<Scalar>>(a);
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)

@@ -24,7 +24,8 @@ void walk(int64_t rows, int64_t panels, int64_t steps, int64_t step_bytes, int64
   const int64_t parts = std::min(threads(), panels), tiles = (rows + tall - 1) / tall;  // of even heights: 32 rows are 11 + 10 + 11
   const int64_t block = tiles == 1 ? steps : BLOCK_BYTES / step_bytes;
   for_each(parts, work, [&](int64_t part) {
-    float* sums = new (std::align_val_t(64)) float[size_t(rows * SUMS)];
+    const auto all = room_for<float>(rows * SUMS);
+    float* sums = all.get();
     const int64_t last = panels * (part + 1) / parts;
     for (int64_t panel = panels * part / parts, n; panel < last; panel += n) {
       n = rows <= wide && panel + 2 <= last ? 2 : 1;
@@ -36,7 +37,6 @@ void walk(int64_t rows, int64_t panels, int64_t steps, int64_t step_bytes, int64
         }
       done(panel, n, sums);
     }
-    ::operator delete[](sums, std::align_val_t(64));
   });
 }
 

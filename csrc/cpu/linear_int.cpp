@@ -286,7 +286,7 @@ void run_tiles8(const Linear<T>& a) {
   };
   const auto done = [&](int64_t panel, const float* sums) { finish<Native>(a, panel, 1, sums, COLUMNS); };
   const double work = double(a.panels() * COLUMNS) * double(a.k) * (0.05 + 0.001 * double(a.rows));
-  walk_tiles(x.rows, a.panels(), c.steps, STEP8, x.width, a.packed, work, tile, done);
+  walk_tiles(x, a.panels(), c.steps, STEP8, a.packed, work, tile, done);
 }
 #endif
 
@@ -294,14 +294,7 @@ template <int BITS, class T>
 void run(const Linear<T>& a, bool scalar) {
   if (scalar) return run_as<ScalarInts, BITS>(a);
 #ifdef __AMX_TILE__
-  if (BITS == 8)
-    return in_slices(a.rows, a.k, a.panels(), [&](int64_t first, int64_t rows) {
-      Linear<T> slice = a;
-      slice.x += first * a.k, slice.rows = rows;
-      if (a.logits) slice.logits += first * a.n;
-      if (a.out) slice.out += first * a.n;
-      run_tiles8(slice);
-    });
+  if (BITS == 8) return in_slices(a, a.k, run_tiles8<T>);
 #endif
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
   if (__builtin_cpu_supports("avx512vnni")) return run_as<VnniInts, BITS>(a);
