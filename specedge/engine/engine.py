@@ -24,7 +24,7 @@ from specedge.engine.pages import PagePool
 from specedge.engine.pipeline import Turn
 from specedge.engine.request import Account, Output, Sequence, Verdict
 from specedge.engine.runner import Runner
-from specedge.engine.scheduler import ALL, CHUNK_BESIDE_TREES, LEAST, Grant, Want, schedule, turns
+from specedge.engine.scheduler import ALL, LEAST, Grant, Want, owed_to_prompts, schedule, turns
 from specedge.engine.texts import Guard, RequestError, Text, TextEngine, alone
 from specedge.engine.verify import Found, Job
 from specedge.text import Tokenizer
@@ -194,7 +194,7 @@ class Engine(TextEngine):
             most_rows = self.runner.sizes.max_rows
             chosen = self.admission.choose(
                 [running[i].acceptance for i in ready], [wants[i].nodes for i in ready], rows, len(ready),
-                sum(running[i].computed for i in ready), most_rows - rows - min(prompts, CHUNK_BESIDE_TREES, most_rows // 2),
+                sum(running[i].computed for i in ready), most_rows - rows - owed_to_prompts(prompts, most_rows),
             )  # fmt: skip
             for i, nodes in zip(ready, chosen, strict=True):
                 wants[i] = replace(wants[i], nodes=nodes)

@@ -113,9 +113,8 @@ class Runner:
         as of Decoder.forward, which may raise Abandoned."""
         built = batch.build(self.device)
         if len(built.wanted) > len(self._logits):
-            vocab = self._logits.shape[1]
-            self._logits = self._logits[:0].clone()  # free it first
-            self._logits = self._logits.new_empty((len(built.wanted), vocab))
+            for rows in (0, len(built.wanted)):  # the old ones are freed first
+                self._logits = self._logits.new_empty((rows, self.model.config.vocab))
         return self.model.forward(built, self.rows, self.pages, self._logits[: len(built.wanted)], stop)
 
     @torch.inference_mode()

@@ -124,13 +124,18 @@ def _rows_within(time: float, rows: int, cost: CostModel) -> int:
     return int(min(time / slope, ALL)) if slope > 0 else ALL
 
 
+def owed_to_prompts(waiting: int, max_rows: int) -> int:
+    """Rows of a step that trees leave to `waiting` rows of prompts."""
+    return min(CHUNK_BESIDE_TREES, max_rows // 2, waiting)
+
+
 def _divide(wants: Sequence[Want], order: list[int], max_rows: int, cost: CostModel | None, most: int, expected: bool) -> list[Grant]:
     grants: list[Grant] = []
     answers = {i: _answer(i, wants[i], max_rows) for i in order}
     rooted = [g.rows for g in answers.values() if g is not None and g.chain == 1][:most]  # of those who have computed all but their roots
     longest = chunk(sum(rooted), len(rooted), 1, cost) if rooted else chunk_alone(expected, cost)
     answers = {i: g if g is not None and g.chain - 1 <= longest else None for i, g in answers.items()}  # the others are prompts
-    owed = min(CHUNK_BESIDE_TREES, max_rows // 2, sum(wants[i].chain - 1 for i, answer in answers.items() if answer is None))
+    owed = owed_to_prompts(sum(wants[i].chain - 1 for i, answer in answers.items() if answer is None), max_rows)
     free = max_rows - owed  # the rounds of others must not starve a prompt
     answers = {i: g if g is not None and g.chain <= free else None for i, g in answers.items()}
     for grant in answers.values():
