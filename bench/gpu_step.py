@@ -173,7 +173,7 @@ def peer(lab: Lab, c: ModelConfig, cases: list[Case]) -> dict[str, Cell]:
         from bench.peers import Transformers
 
         if not made:
-            made.append(Transformers(c, lab.device))
+            made.append(Transformers(c, lab.device, torch.bfloat16))
         found = made[0]
         found.prepare(*case)
         found.step(*case)

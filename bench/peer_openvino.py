@@ -16,14 +16,16 @@ FUSED = {"ScaledDotProductAttention", "RMS", "RoPE"}
 
 
 class OpenVINO:
-    """Weights from a float16 file (`int8`: and one scale a row), arithmetic and K/V in bfloat16, one stream of `threads` threads."""
+    """Weights from a float16 file (`int8`: and one scale a row), arithmetic and K/V in bfloat16 or, if `full`, float32; one stream of `threads`
+    threads."""
 
-    def __init__(self, c: ModelConfig, int8: bool, threads: int) -> None:
+    def __init__(self, c: ModelConfig, int8: bool, full: bool, threads: int) -> None:
         import openvino as ov
 
         self.ov, self.c = ov, c
-        self.version = f"openvino {ov.__version__.split('-')[0]}"
-        hints = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
+        kind = "f32" if full else "bf16"
+        self.version = f"openvino {ov.__version__.split('-')[0]}, {kind}"
+        hints = {"INFERENCE_PRECISION_HINT": kind, "KV_CACHE_PRECISION": kind, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
         with tempfile.TemporaryDirectory() as folder:  # mapped from a file, the weights as given need not stay beside those that it packs
             ov.save_model(build(c, int8), f"{folder}/model.xml", compress_to_fp16=False)
             self.model = ov.Core().compile_model(f"{folder}/model.xml", "CPU", hints)

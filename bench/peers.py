@@ -19,12 +19,12 @@ from specedge.config import ModelConfig
 NAMES = ("transformers", "openvino", "openvino-int8", "llama.cpp", "llama.cpp-q8_0")
 
 
-def make_peer(name: str, c: ModelConfig, device: torch.device, threads: int, sequences: int, tokens: int) -> "Peer":
-    """The peer of that name, with room for `sequences` of `tokens` tokens each."""
+def make_peer(name: str, c: ModelConfig, device: torch.device, dtype: torch.dtype, threads: int, sequences: int, tokens: int) -> "Peer":
+    """The peer of that name, with room for `sequences` of `tokens` tokens each; it computes in `dtype`, or, llama.cpp, as its name says."""
     if name == "transformers":
-        return Transformers(c, device)
+        return Transformers(c, device, dtype)
     if name.startswith("openvino"):
-        return OpenVINO(c, name.endswith("int8"), threads)
+        return OpenVINO(c, name.endswith("int8"), dtype == torch.float32, threads)
     return LlamaCpp(c, "Q8_0" if name.endswith("q8_0") else "BF16", threads, sequences, tokens)
 
 
@@ -39,21 +39,21 @@ class Peer(Protocol):
 
 
 class Transformers:
-    """Qwen2ForCausalLM, or Qwen3 where heads are normed, in bfloat16 with SDPA and the cache that its `generate` takes."""
+    """Qwen2ForCausalLM, or Qwen3 where heads are normed, in `dtype` with SDPA and the cache that its `generate` takes."""
 
-    def __init__(self, c: ModelConfig, device: torch.device) -> None:
+    def __init__(self, c: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         import transformers
 
         self.api: Any = transformers
-        self.version = f"transformers {transformers.__version__}"
+        self.version = f"transformers {transformers.__version__}, {str(dtype).removeprefix('torch.')}"
         self.config = (self.api.Qwen3Config if c.qk_norm else self.api.Qwen2Config)(
             hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, intermediate_size=c.ffn,
             vocab_size=c.vocab, rms_norm_eps=c.norm_eps, max_position_embeddings=c.max_positions, tie_word_embeddings=c.tied,
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, **({"head_dim": c.head_dim} if c.qk_norm else {}),
         )  # fmt: skip
         with device:  # weights are drawn there: on a CPU those of an 8B model would take minutes
-            self.model = self.api.AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16).eval()
-        self.shape, self.device = (c.layers, c.kv_heads, c.head_dim), device
+            self.model = self.api.AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+        self.shape, self.device, self.dtype = (c.layers, c.kv_heads, c.head_dim), device, dtype
         self.cache: Any = None
         self.cached = (0, 0)
 
@@ -64,7 +64,7 @@ class Transformers:
         layers, heads, dim = self.shape
         self.cache, self.cached = self.api.DynamicCache(config=self.config), (sequences, context)
         for i in range(layers if context else 0):
-            keys, values = torch.zeros(2, sequences, heads, context, dim, device=self.device, dtype=torch.bfloat16)
+            keys, values = torch.zeros(2, sequences, heads, context, dim, device=self.device, dtype=self.dtype)
             self.cache.update(keys, values, i)
 
     @torch.inference_mode()

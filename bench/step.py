@@ -103,13 +103,14 @@ def machine(threads: int) -> dict[str, str | int]:
 def start(args: argparse.Namespace, c: ModelConfig, device: torch.device, cases: list[Case]) -> dict[str, Column | None]:
     """The columns by name, ours first; None for a peer that is not installed or does not start."""
     sequences, tokens = max(case[1] for case in cases), max(case[3] + case[2] for case in cases)
+    kind = choose(str(device), args.dtype[0])[1]  # what peers compute in: their ratios are to our first column
     columns: dict[str, Column | None] = {}
     for name in args.dtype:
         columns[name] = column = Column(name, partial(Ours, c, str(device), name, sequences, tokens), args.threads)
         print(f"{name}: {column.version}", flush=True)
     for name in args.peers:
         try:
-            columns[name] = column = Column(name, partial(make_peer, name, c, device, args.threads, sequences, tokens), args.threads)
+            columns[name] = column = Column(name, partial(make_peer, name, c, device, kind, args.threads, sequences, tokens), args.threads)
         except ImportError as error:
             print(f"{name}: {error.name} is not installed and the column stays empty; get it by pip install -e '.[bench]'")
             columns[name] = None
