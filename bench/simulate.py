@@ -120,7 +120,7 @@ class Edge:
     clock: Clock  # its own: a forward that begins now ends later
     session: Session | None = None  # None: its text has ended
     sequence: Sequence | None = None
-    inbox: list[tuple[Verdict, int, float]] = field(default_factory=list)  # with row budgets and the seconds of their steps
+    inbox: list[tuple[Verdict, int, Served]] = field(default_factory=list)  # with row budgets
     budget: int = MAX_ROWS_PER_TREE
     flying: bool = False
     asleep: bool = False
@@ -178,6 +178,8 @@ class Simulation:
             params = SamplingParams(temperature=self.world.temperature, max_tokens=length, ignore_eos=True, seed=i)
             e.sequence = self.engine.open([(i * 7919 + k * k) % VOCAB for k in range(self.world.prompt)], params)
             e.session = e.drafter.open(e.sequence.tokens, params, e.sequence.limit)
+            if (law := self.engine.cost.law) is not None:  # an edge greets before its first text
+                e.drafter.pace.verify.tell(law)
             e.budget, e.flying, e.rounds = MAX_ROWS_PER_TREE, False, []
             self._of[e.sequence] = e
             self._at(self.clock.now, "edge", (e, e.looks))
@@ -207,12 +209,13 @@ class Simulation:
         self._at(end, "served", (verdicts, end - now))
 
     def _served(self, what: tuple[list[Verdict], float]) -> None:
-        self._serving = False
+        self._serving, rows = False, sum(v.verified for v in what[0])
         for v in what[0]:
-            self._at(self.clock.now + self.world.rtt / 2, "verdict", (v, v.sequence.acceptance.budget, what[1]))
+            served = Served(what[1], rows, rows - v.verified)
+            self._at(self.clock.now + self.world.rtt / 2, "verdict", (v, v.sequence.acceptance.budget, served))
         self._look(None)
 
-    def _verdict(self, what: tuple[Verdict, int, float]) -> None:
+    def _verdict(self, what: tuple[Verdict, int, Served]) -> None:
         edge = self._of[what[0].sequence]
         edge.inbox.append(what)
         if edge.begun is not None and self.clock.now < edge.begun + edge.table.took / 2:
@@ -231,9 +234,9 @@ class Simulation:
             e.clock.now, e.begun = e.begun, None
             e.drafter.grow()
         e.clock.now = self.clock.now
-        for v, budget, spent in e.inbox:
+        for v, budget, served in e.inbox:
             e.flying, e.budget = False, budget
-            hit = None if v.finish else e.drafter.verdict(e.session, v.row, list(v.tokens), Served(spent, v.verified))
+            hit = None if v.finish else e.drafter.verdict(e.session, v.row, list(v.tokens), served)
             e.rounds.append((self.clock.now, len(v.path) + len(v.tokens), hit))
             if v.finish:
                 e.drafter.cancel(e.session)

@@ -14,6 +14,7 @@ and 8 sessions and contexts, also of 128, 1024 and 4096 in one step, and 7 % in 
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,15 @@ KNEES = np.unique([round(2 ** (i / 4)) for i in range(41)])  # [K] 1 .. 1024; th
 SUBSETS = np.array([[i >> c & 1 for c in range(3)] for i in range(1, 8)], bool)  # [7, 3] which of base, slope and read are not zero
 
 
+@dataclass(frozen=True, slots=True)
+class Law:
+    """A pass takes `base` seconds up to `knee` rows, and `slope` more for every further row."""
+
+    base: float
+    slope: float
+    knee: int
+
+
 class CostModel:
     """Before enough was seen, a row beyond `knee` is taken to cost `share` of an empty pass. The defaults are safe on a CPU, where rows cost most:
     1/5 to 1/11 was measured there (int4 to float32, 0.5B and the demo's target), beyond 4 to 8 free rows, so 1/8 from the first row on admits
@@ -39,7 +49,7 @@ class CostModel:
         self._share, self._prior_knee = share, knee
         self._base, self._slope, self._read, self._knee = UNKNOWN, share * UNKNOWN, 0.0, knee
         self._seen = 0
-        self._fitted = False
+        self._fitted = self._told = False
         self._error = self._bias = 0.0  # running means of relative errors: how far they scatter, and they themselves
         self._weight = np.zeros(len(KNEES) + 1)  # [sizes] observations, as far as they are remembered
         self._moments = np.zeros((len(KNEES) + 1, 4, 4))  # [sizes] sums of z z' over z = (1, rows, context, seconds) / seconds predicted
@@ -68,6 +78,17 @@ class CostModel:
         if self._seen % EVERY == 0 or not self._fitted:
             self._fit()
 
+    def tell(self, law: "Law") -> None:
+        """Expect passes to follow `law`, somebody else's fit, until there is one of these passes; they correct its level from the first on."""
+        if not self._fitted:
+            self._told, self._share, self._prior_knee = True, law.slope / law.base, law.knee
+            self._base, self._slope, self._knee = law.base, law.slope, law.knee
+
+    @property
+    def law(self) -> "Law | None":
+        """What was fitted, at no context; None as long as nothing was."""
+        return Law(self._base, self._slope, self._knee) if self._fitted else None
+
     def predict(self, rows: int, context: int) -> float:
         """Seconds of a pass."""
         return self._base + self._slope * max(0, rows - self._knee) + self._read * context
@@ -87,8 +108,8 @@ class CostModel:
 
     @property
     def confident(self) -> bool:
-        """Whether predictions come from observations, not from the default."""
-        return self._fitted
+        """Whether predictions come from observations, or from somebody's who has made some, and not from the default."""
+        return self._fitted or self._told
 
     # ------------------------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ import zmq
 
 from specedge.config import DraftConfig, SamplingParams, SpecedgeError, is_batch
 from specedge.engine.autopilot import FIRST, SMALL, Autopilot
+from specedge.engine.cost import Law
 from specedge.engine.drafter import Drafter, Session
 from specedge.engine.request import Chunk, Completion, Output
 from specedge.engine.texts import UseError
@@ -208,6 +209,7 @@ class Edge:
             lock.release()
             started.put(e)
             return
+        self._expect(self._link.welcome)
         started.put(self._link.welcome)
         try:
             self._loop()
@@ -229,6 +231,7 @@ class Edge:
         while not self._closing:
             self._take_commands()
             if self._link.arrived():
+                self._expect(self._link.welcome)
                 for text in self._texts.values():
                     text.rounds.connect(self._link.address, time.monotonic())
             for message, size in self._link.receive():
@@ -240,6 +243,11 @@ class Edge:
                 self._speak(text)  # only now: after a stall the verdict may have been waiting in the socket
             pause = self._drafter.pause() if self._drafter is not None else 60.0
             self._rest(pause or (0.0 if self._grow() else 60.0))
+
+    def _expect(self, w: wire.Welcome) -> None:
+        """Believe the server about what rows cost there, as long as no round has shown it."""
+        if self._drafter is not None and w.pass_us:
+            self._drafter.pace.verify.tell(Law(w.pass_us / 1e6, w.row_ns / 1e9, w.knee))
 
     def _places(self) -> list[Text]:
         """The texts that are spoken of: as many as the server takes of this account, the first that came."""
@@ -357,6 +365,8 @@ class Edge:
                 self._link.send(wire.Cancel(session))
             self._link.lose(ServerError(f"{self._link.address} is going down"), elsewhere=True)
             return
+        if isinstance(message, wire.Welcome):
+            self._expect(message)
         text = self._texts.get(getattr(message, "session", b""))
         if text is None:
             if isinstance(message, wire.Error) and message.session == wire.NO_SESSION:

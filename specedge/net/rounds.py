@@ -170,7 +170,7 @@ class Rounds:
             tokens, path = [], []
         if not tokens or max(tokens) >= self.vocab or known + len(path) + len(tokens) > self.limit:
             raise ServerError("the server sent a verdict that does not continue this text")
-        served = Served(m.verify_us / 1e6, m.verified) if m.verified and m.verify_us else None
+        served = Served(m.verify_us / 1e6, rows := max(m.rows, m.verified), rows - m.verified) if m.verified and m.verify_us else None
         step = Step(m.row, path, tokens, wire.FINISH[m.finish], self.sent, served)
         self.tokens += path + tokens
         self.budget, self.why, self._rebuilds = m.row_budget, "", 0

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from specedge import __version__
 from specedge.config import PRIORITIES
 from specedge.engine import request
+from specedge.engine.cost import Law
 from specedge.engine.engine import Engine
 from specedge.engine.texts import RequestError
 from specedge.net import wire
@@ -31,6 +32,11 @@ RETRY_FULL, RETRY_ROUND = 1000, 50  # milliseconds after which a place, or room 
 MEMORY, REMEMBERED = 600.0, 4096  # for so many seconds, and so many of them, sessions that have lapsed are known
 PAUSE = 2.0  # seconds without a round, longer than between two, after which a session makes room for those that wait
 Key = tuple[str, bytes]  # (user, session)
+
+
+def _cost(law: Law | None) -> tuple[int, int, int]:
+    """The last fields of WELCOME: microseconds of a step, nanoseconds of a row beyond the knee, the knee; zeros as long as nothing is known."""
+    return (max(1, min(int(law.base * 1e6), 2**32 - 1)), min(int(law.slope * 1e9), 2**32 - 1), law.knee) if law else (0, 0, 0)
 
 
 class Peer(NamedTuple):
@@ -126,7 +132,8 @@ class Sessions:
 
     def verdicts(self, found: list[request.Verdict], now: float, spent: float) -> list[Reply]:
         """Messages for what a step of `spent` seconds found."""
-        return [(r.peer, self._verdict(r, v, now, spent)) for v in found if (r := self._owner.get(v.sequence))]
+        rows = sum(v.verified for v in found)
+        return [(r.peer, self._verdict(r, v, now, spent, rows)) for v in found if (r := self._owner.get(v.sequence))]
 
     def settle(self, now: float) -> None:
         """Charge every account for what it used, before the next step."""
@@ -224,7 +231,7 @@ class Sessions:
         limits = wire.Limits(self._max_nodes, e.runner.context, min(self.max_sessions, quota.sessions or self.max_sessions))
         load = wire.Load(len(self._table), pool.available * pool.page_size, pool.total * pool.page_size)
         build, lease = f"specedge {__version__}", int(self.lease * 1000)
-        welcome = wire.Welcome(build, self.model, tokenizer, e.vocab, list(e.eos_ids), limits, lease, load)
+        welcome = wire.Welcome(build, self.model, tokenizer, e.vocab, list(e.eos_ids), limits, lease, load, *_cost(e.cost.law))
         return [welcome, self._goaway(now)] if self.draining else [welcome]
 
     def _open(self, peer: Peer, m: wire.Open, now: float) -> list[Message]:
@@ -343,15 +350,16 @@ class Sessions:
         finish = r.sequence.finish if base + len(tokens) == len(r.sequence.tokens) else ""
         return wire.Verdict(r.opened.session, r.round, base, 0, wire.pack_ids(tokens), 0, wire.FINISH.index(finish), self._budget(r), 0, 0)
 
-    def _verdict(self, r: Remote, v: request.Verdict, now: float, spent: float) -> wire.Verdict:
+    def _verdict(self, r: Remote, v: request.Verdict, now: float, spent: float, rows: int) -> wire.Verdict:
         r.heard = r.moved = now  # whoever is being served is not silent
         queue = max(0.0, now - r.taken - spent) if r.flying else 0.0
         message = wire.Verdict(
             r.opened.session, r.round, v.base, v.row, wire.pack_ids(list(v.tokens)), min(v.verified, 2**16 - 1),
             wire.FINISH.index(v.finish), self._budget(r), min(int(queue * 1e6), 2**32 - 1), min(int(spent * 1e6), 2**32 - 1),
+            min(rows, 2**16 - 1),
         )  # fmt: skip
         if r.flying:
-            r.last = replace(message, verified=0)  # when it comes again nothing will have been run for it
+            r.last = replace(message, verified=0, rows=0)  # when it comes again nothing will have been run for it
         self._fly(r, False)
         return message
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from specedge.tree import MAX_NODES, TokenTree
 
 MAGIC = b"SPEG"
-MAJOR, MINOR = 1, 1
+MAJOR, MINOR = 1, 2
 HEADER = struct.Struct("<4sBBBBII")
 SIZES = (512, 2048, 65536)
 CHUNK = 16000  # token ids in one PROMPT or VERDICT frame: 64,000 bytes, which leaves room for the other fields
@@ -93,6 +93,9 @@ class Welcome(Message):
     limits: Limits
     lease_ms: U32  # a session that is silent for longer is closed
     load: Load
+    pass_us: U32 = 0  # what a step of up to `knee` rows takes; 0: not known yet; since 1.2
+    row_ns: U32 = 0  # and every further row
+    knee: U16 = 0
 
 
 class Open(Message):
@@ -149,6 +152,7 @@ class Verdict(Message):
     row_budget: U8  # nodes worth sending next time
     queue_us: U32
     verify_us: U32
+    rows: U16 = 0  # of the step: `verified`, and those of other sessions; 0: nobody says; since 1.2
 
 
 class Cancel(Message):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specedge.engine.cost import ENOUGH, CostModel
+from specedge.engine.cost import Law as Told
 
 Law = tuple[float, float, int, float]  # base, slope, knee, read
 CPU: Law = (0.032, 0.0032, 8, 2e-6)
@@ -116,3 +117,21 @@ def test_times_that_cannot_be_are_not_taken() -> None:
     for rows, context, seconds in ((0, 0, 0.1), (1, -1, 0.1), (1, 0, 0.0), (1, 0, -1.0), (1, 0, float("nan")), (1, 0, float("inf"))):
         model.observe(rows, context, seconds)
     assert model.predict(1, 0) == CostModel().predict(1, 0)
+
+
+def test_a_law_that_was_told_holds_until_there_is_a_fit() -> None:
+    model, theirs = CostModel(), CostModel()
+    assert not model.confident and model.law is None
+    model.tell(Told(0.08, 0.002, 8))
+    assert model.confident and model.law is None, "it is not one's own, and not to be told on"
+    assert [model.predict(n, 0) for n in (1, 8, 18)] == pytest.approx([0.08, 0.08, 0.1])
+    for _ in range(4):
+        model.observe(8, 0, 0.16)  # the machine is twice as slow as was told: the level follows, the shape stays
+    assert [model.predict(n, 0) for n in (1, 18)] == pytest.approx([0.16, 0.2])
+    rng = np.random.default_rng(3)
+    for m in (model, theirs):
+        feed(m, CPU, 4 * ENOUGH, rng, most=64)
+    assert theirs.law is not None and worst(model, CPU, 64) < 0.25, "once there is a fit it decides"
+    before = theirs.law
+    theirs.tell(Told(1.0, 1.0, 1))
+    assert theirs.law == before

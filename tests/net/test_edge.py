@@ -14,12 +14,14 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 
 from specedge.config import DraftConfig, EngineConfig, SamplingParams
 from specedge.engine.drafter import Drafter
 from specedge.engine.engine import Engine
+from specedge.engine.pace import Pace, Served
 from specedge.engine.request import Completion
 from specedge.engine.texts import UseError
 from specedge.net import rounds as rounds_module
@@ -621,6 +623,25 @@ def test_only_an_autopilot_leaves_a_text_to_a_server_that_wants_no_nodes(draft: 
     assert any(m.run_until for m in rounds) == autopilot
     if not autopilot:
         assert [bool(m.tokens) for m in rounds[:5]] == [True, *[False] * 4] and any(m.tokens for m in rounds[5:])
+
+
+def test_an_edge_believes_what_the_server_says_of_its_rows(draft: Drafter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first WELCOME that knows; a server that does not know yet leaves the edge to its rounds. What others run in a step is theirs."""
+
+    def crowded(fake: Fake, m: Draft) -> Iterator[Answer]:
+        yield verdict(fake, m, verified=3, rows=40, verify_us=50_000)
+
+    for welcome in (WELCOME, msgspec.structs.replace(WELCOME, pass_us=80_000, row_ns=2_000_000, knee=8)):
+        monkeypatch.setattr(draft, "pace", Pace())
+        monkeypatch.setattr(draft, "_rounds", 0)  # those of this test are not for the others'
+        seen = list[Served | None]()
+        monkeypatch.setattr(draft, "verdict", lambda *a, inner=draft.verdict, seen=seen: (seen.append(a[3]), inner(*a))[1])
+        with Fake(crowded, (welcome,)) as fake, Edge(fake.address, draft) as edge:
+            known = draft.pace.verify
+            assert known.confident == (welcome.pass_us > 0)
+            assert not known.confident or [known.predict(n, 0) for n in (8, 18)] == pytest.approx([0.08, 0.1])
+            assert edge.generate([[1]], TEN)[0].token_ids == truth(1)
+        assert seen and all(s == Served(0.05, 40, 37) for s in seen)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
 
 from specedge.config import SamplingParams
+from specedge.engine.cost import ENOUGH, CostModel
 from specedge.engine.engine import Engine
 from specedge.engine.pages import PageTable
 from specedge.net import wire
@@ -198,6 +199,17 @@ def test_welcome_says_what_is_served(desk: Desk, monkeypatch: pytest.MonkeyPatch
     assert desk.say(Hello("again", b"")) == [welcome]
 
 
+def test_welcome_says_what_rows_cost_once_that_is_known(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk.engine, "cost", cost := CostModel())
+    for n in [1, 2, 4, 8, 16, 32] * ENOUGH:
+        cost.observe(n, 0, 0.08 + 0.002 * max(0, n - 8))
+    assert (law := cost.law) is not None
+    (welcome,) = desk.say(Hello("test", b""))
+    assert isinstance(welcome, Welcome)
+    assert (welcome.pass_us, welcome.row_ns, welcome.knee) == (int(law.base * 1e6), int(law.slope * 1e9), law.knee)
+    assert 75_000 < welcome.pass_us < 85_000 and 1_500_000 < welcome.row_ns < 2_500_000
+
+
 def test_tokenizers_must_be_the_same(models: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     desk = Desk(*models, Sessions(models[0], MODEL))
     assert [type(m) for m in desk.say(Hello("test", b"d" * 32), BOB)] == [Welcome]  # a target without a tokenizer has nothing to compare
@@ -344,8 +356,8 @@ def test_a_repeat_is_answered_by_the_same_verdict(desk: Desk) -> None:
 
 
 def replace_verdict(m: Verdict, **changes: object) -> Verdict:
-    """`m` with changes, and the times of an answer that was known already."""
-    values = {name: getattr(m, name) for name in m.__struct_fields__} | {"queue_us": 0, "verify_us": 0} | changes
+    """`m` with changes, and the times and rows of an answer that was known already."""
+    values = {name: getattr(m, name) for name in m.__struct_fields__} | {"queue_us": 0, "verify_us": 0, "rows": 0} | changes
     return Verdict(**values)
 
 
@@ -426,6 +438,16 @@ def test_times_of_a_verdict(desk: Desk) -> None:
     for _ in range(2):
         times += [(m.queue_us, m.verify_us) for _, m in desk.sessions.verdicts(desk.engine.step(), desk.now + 0.75, 0.25) if isinstance(m, Verdict)]
     assert times == [(500_000, 250_000), (0, 250_000)]
+
+
+def test_rows_of_a_verdict(desk: Desk) -> None:
+    """Those that were verified for this session, and those of the whole step."""
+    desk.open(X)
+    desk.open(Y)
+    desk.draft(X, 1, likely([1, 2]))
+    desk.draft(Y, 1, likely([1, 2, 3, 4]))
+    found = {m.session: (m.verified, m.rows) for _, m in desk.sessions.verdicts(desk.engine.step(), desk.now, 0.1) if isinstance(m, Verdict)}
+    assert sum(own for own, _ in found.values()) == found[X][1] == found[Y][1] and found[X][0] < found[Y][0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
