@@ -297,7 +297,7 @@ def _stream(client: "Edge", tokens: list[int], params: SamplingParams, priority:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    if args.system and not args.chat:
+    if "system" in args.flags and not args.chat:  # in a file of settings it is for chats to come
         raise SpecedgeError("--system is for chats: add --chat")
     params = _sampling(args)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt

@@ -39,7 +39,8 @@ def add_arguments(command: argparse.ArgumentParser, program: str) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, commands: Iterable[argparse.ArgumentParser]) -> argparse.Namespace:
-    """Parse the command line of a program with these commands, and fill in what it leaves open. SettingsError; argparse's own errors exit."""
+    """Parse the command line of a program with these commands, and fill in what it leaves open; `flags` are the options that were on it.
+    SettingsError; argparse's own errors exit."""
     program = parser.prog.removeprefix("specedge-")
     known: dict[str, argparse.Action] = {}  # of all commands: they share one file, and each takes what it has
     defaults: dict[argparse.Action, Any] = {}
@@ -74,6 +75,7 @@ def parse(parser: argparse.ArgumentParser, commands: Iterable[argparse.ArgumentP
         else:
             origin[name], value = "default", defaults[action]
         setattr(args, action.dest, value)
+    args.flags = {name for name, where in origin.items() if where == "flag"}
     if args.print_config:
         print(f"# {chosen.prog}")
         for name, action in _options(chosen).items():

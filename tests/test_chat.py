@@ -139,3 +139,7 @@ def test_commands(tmp_path: Path) -> None:
             lines = start("edge", "chat", *given)
             assert (end(one).out, (spoken := end(lines, b"a\n\nb\n")).out) == (first + "\n", first + "\n" + second + "\n")
             assert spoken.status == 0 and spoken.err.count("tokens per round") == 2
+            (tmp_path / "edge.toml").write_text('system = "hm"\n')
+            raw = ("edge", "generate", *given[:-2], "--prompt", "a")
+            wrong, fine = end(start(*raw, "--system", "hm")), end(start(*raw, "--config", tmp_path / "edge.toml"))
+            assert (wrong.status, "add --chat" in wrong.err) == (1, True) and fine.status == 0 and fine.out, "a setting is for the chats to come"
