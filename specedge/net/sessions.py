@@ -169,7 +169,10 @@ class Sessions:
             self._lapsed.popitem(last=False)
 
     def revoke(self, users: Set[str], now: float) -> list[Reply]:
-        """End every session of keys that are authorised no more, and forget their connections, telling both why."""
+        """End every session of keys that are authorised no more, and forget their connections, telling both why. What the others may use is read
+        anew, for the list of keys has changed."""
+        for user, usage in self._usage.items():
+            usage.quota = self.quota(user)
         text = "this key is not authorised any more, it was revoked or has expired: ask the operator of the server"
         told: list[Reply] = []
         for key in [k for k in self._table if k[0] in users]:
@@ -249,24 +252,33 @@ class Sessions:
             raise Refused("length", f"{asked} exceed this server's context of {self.engine.runner.context}: shorten one of them")
         remote = Remote(peer, usage, m, now, now, [], m.round)
         self._drop(key)  # an earlier life of it
-        self._admit(usage, remote)
+        self._admit(usage, remote, now)
         self._table[key] = remote
         usage.sessions += 1
         usage.kv_tokens += remote.kv_tokens
         return self._known(remote, m.tokens)
 
-    def _admit(self, usage: Usage, r: Remote) -> None:
+    def _admit(self, usage: Usage, r: Remote, now: float) -> None:
         """Raise unless there is a place for one more session, by what it may need at most."""
         quota = usage.quota
         if r.kv_tokens > quota.kv_tokens > 0:
             raise Refused("quota", f"prompt and max_tokens make {r.kv_tokens} tokens, this account may hold {quota.kv_tokens}: shorten one of them")
-        if len(self._table) >= self.max_sessions:
-            raise Full(f"all {self.max_sessions} sessions of this server are taken", RETRY_FULL)
         if usage.sessions >= quota.sessions > 0:
             raise Full(f"all {quota.sessions} sessions of this account are taken", RETRY_FULL)
         if usage.kv_tokens + r.kv_tokens > quota.kv_tokens > 0:
             raise Full(f"the open sessions of this account leave too little of its {quota.kv_tokens} tokens", RETRY_FULL)
         self._afford(usage)
+        if len(self._table) >= self.max_sessions and not self._yield_place(usage, now):
+            raise Full(f"all {self.max_sessions} sessions of this server are taken", RETRY_FULL)
+
+    def _yield_place(self, usage: Usage, now: float) -> bool:
+        """Where every place is taken, the account that has most of them gives up one, if it has more than whoever asks would have: that of the session
+        which has not moved for longest. Its edge opens it again, and waits for a place if need be. Else one key could keep all others out for ever."""
+        most = max(self._usage.values(), key=lambda u: u.sessions)
+        if most.sessions <= usage.sessions + 1:
+            return False
+        self._lapse(min((k for k, r in self._table.items() if r.usage is most), key=lambda k: self._table[k].moved), now)
+        return True
 
     def _afford(self, usage: Usage) -> None:
         if usage.wait > WAIT:
@@ -324,12 +336,13 @@ class Sessions:
         if r.usage.in_flight >= r.usage.quota.in_flight > 0:
             raise Full(f"{r.usage.in_flight} rounds of this account await their verdicts already", RETRY_ROUND)
         self._afford(r.usage)
-        r.round, r.taken, r.moved = m.round, now, now
+        r.round, r.taken = m.round, now
         if not s.finish:
             self.engine.run_until(s, min(m.run_until, s.limit))
         if m.base < len(s.tokens) or s.finish:
             return [self._catch_up(r, m.base)]
         self.engine.offer(s, tree, now)
+        r.moved = now  # not before: what asks for no row moves nothing
         self._fly(r, True)
         return []
 

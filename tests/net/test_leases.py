@@ -38,6 +38,7 @@ from tests.net.test_sessions import ADA, BOB, CONTEXT, GREEDY, MAX_NODES, PROMPT
 
 AGAIN = Peer(b"\0ada2", "ada")  # another connection of ada's
 LEASE = 30.0
+V, W = (bytes([i]) * 16 for i in (4, 5))  # further sessions
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +271,44 @@ def test_connections_of_an_account(desk: Desk) -> None:
     desk.sessions.forget(AGAIN, desk.now)
     desk.hello(third)
     desk.sessions.forget(third, desk.now)
+
+
+def test_a_changed_quota_needs_no_greeting(desk: Desk) -> None:
+    """The server says so to all accounts when the list of keys has changed, and whoever never greets again would keep what was allowed before."""
+    desk.open(X)
+    desk.sessions.quota = lambda user: Quota(sessions=1)
+    assert desk.sessions.revoke(set(), desk.now) == []
+    assert busy(desk.say(opening(Y)), Y).text.startswith("all 1 sessions of this account")
+
+
+def test_no_account_keeps_the_others_out(desk: Desk) -> None:
+    """Places that are all taken go to whoever has fewer, until they are shared: from the session that has not moved for longest."""
+    desk.sessions.max_sessions = 3
+    for session in (X, Y, Z):
+        desk.open(session)
+        desk.now += 1
+    desk.draft(X, 1)
+    desk.run()  # now Y has not moved for longest
+    desk.now += 1
+    assert desk.say(opening(W), BOB) == [Opened(W, len(PROMPT))]
+    assert desk.say(Resume(Y)) == [NeedPrefill(Y)] and desk.say(Resume(X)) == [Resumed(X, len(PROMPT) + 1, 1)]
+    assert busy(desk.say(opening(Y)), Y).text.startswith("all 3 sessions of this server"), "ada has her share"
+    assert busy(desk.say(opening(V), BOB), V).text.startswith("all 3 sessions of this server"), "bob would have no fewer than ada"
+    assert desk.say(Cancel(W), BOB) == [] and desk.say(opening(Y)) == [Opened(Y, len(PROMPT))]
+
+
+def test_what_asks_for_no_row_moves_nothing(desk: Desk) -> None:
+    """Rounds behind the text are answered at once: they would keep a session from making room for those that wait for pages."""
+    desk.open(X)
+    desk.draft(X, 1)
+    desk.run()
+    moved = desk.sessions._table["ada", X].moved
+    desk.now += 1
+    assert [type(m) for m in desk.draft(X, 2, base=len(PROMPT))] == [Verdict]
+    assert desk.sessions._table["ada", X].moved == moved
+    desk.draft(X, 3)
+    assert desk.sessions._table["ada", X].moved == desk.now
+    desk.run()
 
 
 def test_rows_are_metered(desk: Desk) -> None:
