@@ -8,8 +8,10 @@ much a connection has received, and can deafen one; elsewhere the former is not 
 shut down or deafened but the very connection that was accepted.
 """
 
+import contextlib
 import ctypes
 import math
+import os
 import resource
 import socket
 import struct
@@ -175,9 +177,13 @@ class Doorman:
         self._gone(descriptor)
 
     def _do(self, descriptor: int, call: Callable[[socket.socket], None]) -> None:
-        """Do it to a connection that was accepted; its descriptor may be somebody else's by now."""
-        if _with(descriptor, socket.socket.getpeername) == self._guests[descriptor].name:
-            _with(descriptor, call)
+        """Do it to a connection that was accepted; its descriptor may be somebody else's by now, or in the next moment: so a duplicate is looked at,
+        which stays what it is."""
+        name = self._guests[descriptor].name
+        with contextlib.suppress(OSError):
+            same = os.dup(descriptor)
+            _with(same, lambda s: call(s) if s.getpeername() == name else None)
+            os.close(same)
 
     @staticmethod
     def _spend(allowance: Allowance, frames: float, now: float) -> None:
