@@ -1,15 +1,20 @@
-"""Doorman: what bounds the connections of a ROUTER, what each of them may send in one piece, and how often somebody may ask to no purpose.
+"""Doorman: what bounds the connections of a ROUTER, how fast an address may open them, what each may send in one piece, and how often somebody may
+ask to no purpose.
 
 ZeroMQ accepts everybody for as long as there are descriptors, and puts a message of many frames together before anybody sees its first. What it
 does tell is the descriptor of every connection that comes and goes, and of every message: so a connection can be shut down from here, and for ZeroMQ
 its peer hung up; or deafened: the system takes nothing more from it, so that what it sends costs nobody anything, until it is heard again and sends
-that once more, as TCP does. A connection is a stranger until its WELCOME goes out. Knows nothing of messages, keys or sessions. Linux alone says how
-much a connection has received, and can deafen one; elsewhere the former is not bounded, and a flood is received to be dropped. Invariant: nothing is
-shut down or deafened but the very connection that was accepted.
+that once more, as TCP does. Likewise the listening socket: nobody is accepted who has not said anything (edges speak first), and of an address that
+opens connections to no purpose only a share. A connection is a stranger until its WELCOME goes out. Knows nothing of messages, keys or sessions.
+Linux alone says how much a connection has received, and can keep back what comes; elsewhere the former is not bounded, a flood is received to be
+dropped, and whoever connects is accepted. Invariant: nothing is shut down or deafened but the very connection that was accepted.
 """
 
+import contextlib
 import ctypes
+import ipaddress
 import math
+import os
 import resource
 import socket
 import struct
@@ -17,10 +22,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
+
+from specedge.net.filters import deafen, guard, hear
 
 STRANGERS, OF_AN_ADDRESS = 512, 64  # at a time; whoever has been one for longest makes room for the next
 SPARE = 128  # descriptors that are not for connections
@@ -30,9 +38,13 @@ INFO, RECEIVED = 136, 128  # size of struct tcp_info up to the field tcpi_bytes_
 RATE, SAVED = 100.0, 1000.0  # frames to no purpose that an account may send per second, and may save up
 MUTE = 1.0  # seconds for which it is not heard when it has sent more
 FAREWELL = 1.0  # seconds in which a connection that is to end may read why
-ATTACH, DETACH = 26, 27  # SO_ATTACH_FILTER, SO_DETACH_FILTER
-DROP = ctypes.create_string_buffer(struct.pack("=HBBI", 6, 0, 0, 0))  # a filter of one instruction: let 0 bytes of every packet through
+KNOCKS, KNOCKS_SAVED = 100.0, 128.0  # connections that an address may open per second without a WELCOME, and may save up
+HALVING, HALVINGS = 16, 10  # so many more make the share that is let in half as large; and that at most so many times
+TURNED_AWAY = 64  # addresses at a time
+DIAL = 2  # connections that an edge opens for one WELCOME: the first only reads how the server wants to be spoken to
 LINUX = sys.platform.startswith("linux")
+COOKIES = Path("/proc/sys/net/ipv4/tcp_syncookies")  # without them those who say nothing would use up what Linux has for all who are coming
+SILENT = not COOKIES.exists() or COOKIES.read_text().strip() == "0"  # whether a connection may come about that has said nothing
 LIBC = ctypes.CDLL(None)  # once: to open it takes 13 us, and a flood of connections is hung up on hundreds of times a second
 T = TypeVar("T")
 
@@ -51,11 +63,14 @@ class Guest:
 
 @dataclass(slots=True, eq=False)
 class Allowance:
-    """What an account may still ask to no purpose."""
+    """What an account may still ask, or an address knock, to no purpose."""
 
-    asked: float = 0.0  # frames, less RATE per second since
-    at: float = 0.0  # when the last came
+    asked: float = 0.0  # less what a second makes good
+    at: float = 0.0  # when that was so
     muted: float = 0.0  # until when it is not heard
+
+    def spend(self, asked: float, now: float, rate: float) -> None:
+        self.asked, self.at = max(0.0, max(0.0, self.asked - (now - self.at) * rate) + asked), now
 
 
 class Doorman:
@@ -63,16 +78,18 @@ class Doorman:
 
     def __init__(self, router: "zmq.Socket[bytes]") -> None:
         self._router = router
-        router.monitor(address := f"inproc://doorman-{id(self)}", zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        router.monitor(address := f"inproc://doorman-{id(self)}", zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self._events = router.context.socket(zmq.PAIR)
         self._events.rcvhwm = 0  # else ZeroMQ would stand still where it has more to tell
         self._events.connect(address)
         self._most = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE)
         self._guests: dict[int, Guest] = {}  # by descriptor
-        self._strangers: dict[int, object] = {}  # their addresses; the oldest first
-        self._of: Counter[object] = Counter()  # strangers of an address
+        self._strangers: dict[int, bytes] = {}  # their addresses; the oldest first
+        self._of: Counter[bytes] = Counter()  # strangers of an address
         self._routes: dict[bytes, int] = {}
         self._allowances: dict[object, Allowance] = {}
+        self._knocks: dict[bytes, Allowance] = {}  # of addresses
+        self._listener, self._shares = -1, dict[bytes, float]()  # of the SYNs of addresses, that reach the listening socket
         self._next = 0.0
 
     def __len__(self) -> int:
@@ -93,7 +110,7 @@ class Doorman:
             return True
         if LINUX and not guest.deaf:
             guest.deaf = allowance.muted
-            self._do(descriptor, _deafen)
+            self._do(descriptor, deafen)
         return False
 
     def thank(self, route: bytes, account: object, frames: float, now: float) -> None:
@@ -109,7 +126,11 @@ class Doorman:
 
     def welcomed(self, route: bytes) -> None:
         """A connection is a stranger no more."""
-        self._known(self._routes.get(route, -1))
+        descriptor = self._routes.get(route, -1)
+        if descriptor in self._strangers:
+            knocks = self._knocks.setdefault(self._strangers[descriptor], Allowance())
+            knocks.spend(-DIAL, knocks.at, KNOCKS)
+        self._known(descriptor)
 
     def watch(self, now: float) -> None:
         """See who came and went, and shut down who is too many, or has sent more than a message can hold and no message."""
@@ -120,7 +141,7 @@ class Doorman:
         for descriptor, guest in list(self._guests.items()):
             if guest.deaf and guest.deaf <= now:
                 guest.deaf = 0.0
-                self._do(descriptor, _listen)
+                self._do(descriptor, hear)
             received = _with(descriptor, _received) or 0 if LINUX else 0
             if guest.ends <= now:
                 self._shut(descriptor)
@@ -128,6 +149,8 @@ class Doorman:
                 guest.spoke, guest.received = False, received
             elif received - guest.received > PIECE:
                 self._shut(descriptor)
+        if LINUX:
+            self._turn_away(now)
 
     def close(self) -> None:
         self._router.disable_monitor()
@@ -143,16 +166,23 @@ class Doorman:
             self._gone(descriptor)  # also if its end was not told
             if event["event"] == zmq.EVENT_ACCEPTED:
                 self._came(descriptor)
+                if descriptor in self._guests and self._listener >= 0:
+                    self._do(descriptor, hear)  # the filter of the listening socket, which it inherited
+            elif event["event"] == zmq.EVENT_LISTENING and LINUX:
+                self._listener = descriptor
+                _with(descriptor, lambda s: guard(s, {}, SILENT) if s.family != socket.AF_UNIX else None)
 
     def _came(self, descriptor: int) -> None:
         name = _with(descriptor, socket.socket.getpeername)
         if not isinstance(name, tuple):  # gone already, or ipc
             return
-        self._guests[descriptor] = Guest(name)
-        self._strangers[descriptor] = name[0]
-        self._of[name[0]] += 1
-        if self._of[name[0]] > OF_AN_ADDRESS:
-            self._shut(next(d for d, address in self._strangers.items() if address == name[0]))
+        self._guests[descriptor], address = Guest(name), _address(str(name[0]))
+        self._strangers[descriptor] = address
+        self._of[address] += 1
+        knocks = self._knocks.setdefault(address, Allowance())
+        knocks.spend(1.0, max(knocks.at, self._next - TURN), KNOCKS)
+        if self._of[address] > OF_AN_ADDRESS:
+            self._shut(next(d for d, a in self._strangers.items() if a == address))
         elif len(self._strangers) > STRANGERS or len(self._guests) > self._most:
             self._shut(next(iter(self._strangers)))
 
@@ -175,16 +205,36 @@ class Doorman:
         self._gone(descriptor)
 
     def _do(self, descriptor: int, call: Callable[[socket.socket], None]) -> None:
-        """Do it to a connection that was accepted; its descriptor may be somebody else's by now."""
-        if _with(descriptor, socket.socket.getpeername) == self._guests[descriptor].name:
-            _with(descriptor, call)
+        """Do it to a connection that was accepted; its descriptor may be somebody else's by now, or in the next moment: so a duplicate is looked at,
+        which stays what it is."""
+        name = self._guests[descriptor].name
+        with contextlib.suppress(OSError):
+            same = os.dup(descriptor)
+            _with(same, lambda s: call(s) if s.getpeername() == name else None)
+            os.close(same)
+
+    def _turn_away(self, now: float) -> None:
+        """The more connections of an address came to nothing, the smaller the share of its SYNs that pass: it settles where KNOCKS a second do.
+        Shares and not pauses: an honest edge there, which repeats its SYN, has its chance at any time, and what comes does not come in heaps."""
+        shares = dict[bytes, float]()
+        for address, knocks in list(self._knocks.items()):
+            knocks.spend(0.0, now, KNOCKS)
+            halvings = (knocks.asked - KNOCKS_SAVED) / HALVING
+            if halvings > 0:
+                knocks.asked = min(knocks.asked, KNOCKS_SAVED + HALVINGS * HALVING)
+                shares[address] = 0.5 ** min(halvings, HALVINGS)
+            elif not knocks.asked:
+                del self._knocks[address]
+        if shares != self._shares:
+            self._shares = shares
+            worst = {a: shares[a] for a in sorted(shares, key=shares.__getitem__)[:TURNED_AWAY]}
+            _with(self._listener, lambda s: guard(s, worst, SILENT))
 
     @staticmethod
     def _spend(allowance: Allowance, frames: float, now: float) -> None:
-        a = allowance
-        a.asked, a.at = max(0.0, a.asked - (now - a.at) * RATE + frames), now
-        if a.asked > SAVED:
-            a.asked, a.muted = SAVED, now + MUTE
+        allowance.spend(frames, now, RATE)
+        if allowance.asked > SAVED:
+            allowance.asked, allowance.muted = SAVED, now + MUTE
 
 
 def _hang_up(s: socket.socket) -> None:
@@ -194,16 +244,14 @@ def _hang_up(s: socket.socket) -> None:
         LIBC.connect(s.fileno(), bytes(16), 16)  # of the family AF_UNSPEC, which Python cannot express
 
 
-def _deafen(s: socket.socket) -> None:
-    s.setsockopt(socket.SOL_SOCKET, ATTACH, struct.pack("@HP", 1, ctypes.addressof(DROP)))
-
-
-def _listen(s: socket.socket) -> None:
-    s.setsockopt(socket.SOL_SOCKET, DETACH, 0)
-
-
 def _received(s: socket.socket) -> int:
     return int(struct.unpack_from("=Q", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, INFO), RECEIVED)[0])
+
+
+def _address(host: str) -> bytes:
+    """What counts as one: of IPv6 the first 64 bits, for the others are its owner's to choose."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    return (getattr(address, "ipv4_mapped", None) or address).packed[:8]
 
 
 def _with(descriptor: int, call: Callable[[socket.socket], T]) -> T | None:

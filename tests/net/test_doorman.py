@@ -1,9 +1,11 @@
-"""Doorman: strangers make room for strangers, who was welcomed stays, and a message without an end is cut off. Around a real server."""
+"""Doorman: strangers make room for strangers, who was welcomed stays, an address that floods is let in less, and a message without an end is cut off.
+Around a real server."""
 
 import contextlib
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +14,16 @@ import pytest
 from specedge.config import SamplingParams
 from specedge.engine.engine import Engine
 from specedge.net import doorman as doorman_module
-from specedge.net.doorman import OF_AN_ADDRESS, Doorman
+from specedge.net.client import Connection
+from specedge.net.doorman import DIAL, OF_AN_ADDRESS, Doorman, _address, _with
 from specedge.net.edge import Edge
+from specedge.net.filters import ATTACH, guard, hear
 from specedge.net.server import Server
 from specedge.net.wire import Close, Draft, Hello, Lease, Resume, Verdict, Welcome, encode
 from tests.helpers import engine
 from tests.net.test_server import PROMPT, Raw, X, background, honest_edge, serving, until
+
+linux = pytest.mark.skipif(not doorman_module.LINUX, reason="others cannot be told to take nothing")
 
 
 @pytest.fixture
@@ -31,6 +37,13 @@ def connect(server: Server) -> socket.socket:
     return socket.create_connection((host, int(port)), 10)
 
 
+def stranger(server: Server) -> socket.socket:
+    """One that has said as much as it takes to be accepted."""
+    s = connect(server)
+    s.sendall(b"\xff")
+    return s
+
+
 def closed(s: socket.socket) -> bool:
     """Whether the other side has hung up; greetings are read past."""
     s.settimeout(0.01)
@@ -41,10 +54,11 @@ def closed(s: socket.socket) -> bool:
     return False
 
 
-def test_strangers_make_room_for_strangers(server: Server, oracle: Engine) -> None:
+def test_strangers_make_room_for_strangers(server: Server, oracle: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest of an address goes when there are too many; an edge that was welcomed stays, and one that comes in between is served."""
+    monkeypatch.setattr(doorman_module, "KNOCKS_SAVED", 1e9)
     with honest_edge(server, oracle), Raw(server) as raw, contextlib.ExitStack() as stack:
-        silent = [stack.enter_context(connect(server)) for _ in range(2 * OF_AN_ADDRESS)]
+        silent = [stack.enter_context(stranger(server)) for _ in range(2 * OF_AN_ADDRESS)]
         until(lambda: all(map(closed, silent[:OF_AN_ADDRESS])), "the end of the older half")
         assert not any(map(closed, silent[OF_AN_ADDRESS + 8 :])), "but for a few of those that make room for an edge"
         with Edge(server.address) as edge:
@@ -58,9 +72,123 @@ def test_there_is_an_end_to_all_strangers(server: Server, monkeypatch: pytest.Mo
     """Whatever addresses they come from."""
     monkeypatch.setattr(doorman_module, "STRANGERS", 5)
     with Raw(server) as raw, contextlib.ExitStack() as stack:
-        silent = [stack.enter_context(connect(server)) for _ in range(12)]
+        silent = [stack.enter_context(stranger(server)) for _ in range(12)]
         until(lambda: sum(map(closed, silent)) == 7, "the end of seven")
         assert raw.silent() and len(server._doorman) == 6
+
+
+@pytest.mark.skipif(doorman_module.SILENT, reason="the system does not keep them back")
+def test_who_says_nothing_is_not_accepted(server: Server) -> None:
+    """Nor who hangs up without a word; whoever speaks in the end is accepted, and then nothing of what it sends is kept back."""
+    with Raw(server) as raw, contextlib.ExitStack() as stack:
+        until(lambda: unfiltered(server) == 1, "an open way")
+        quiet = [stack.enter_context(connect(server)) for _ in range(2 * OF_AN_ADDRESS)]
+        for s in quiet[1:]:
+            s.close()
+        for _ in range(3):
+            time.sleep(doorman_module.TURN)
+            assert raw.silent() and len(server._doorman) == 1
+        quiet[0].sendall(b"\xff")
+        until(lambda: unfiltered(server) == 2, "the one that spoke")
+        quiet[0].close()
+        until(lambda: len(server._doorman) == 1, "its end")
+
+
+def unfiltered(server: Server) -> int:
+    """Connections without a filter: for one of several instructions the question is too short, and is refused."""
+    return [_with(d, lambda s: s.getsockopt(socket.SOL_SOCKET, ATTACH)) for d in list(server._doorman._guests)].count(0)
+
+
+WAYS = {
+    "IPv4": ("tcp://127.0.0.1:0", "127.0.0.1", "127.0.0.2"), "IPv4 beside IPv6": ("tcp://[::]:0", "127.0.0.1", "127.0.0.2"),
+    "IPv6": ("tcp://[::]:0", "::1", "127.0.0.1"),
+}  # fmt: skip
+
+
+@linux
+@pytest.mark.parametrize("way", WAYS)
+def test_an_address_that_floods_is_let_in_less(model: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for a random few; another address connects at once, a connection that stands does not notice, and when the flood is over all are let in."""
+    monkeypatch.setattr(doorman_module, "KNOCKS", 0.0)
+    monkeypatch.setattr(doorman_module, "KNOCKS_SAVED", 20.0)
+    monkeypatch.setattr(doorman_module, "HALVING", 1)
+    listen, here, elsewhere = WAYS[way]
+    if here == "::1" and not has_ipv6():
+        pytest.skip("no IPv6 here")
+    with Server(engine(model), listen, model=b"m" * 32, insecure=True) as server, contextlib.ExitStack() as stack:
+        server.endpoint = server.endpoint.replace("[::]", "[::1]" if here == "::1" else "127.0.0.1")
+        port = int(server.endpoint.rpartition(":")[2])
+
+        def dial(source: str) -> socket.socket:
+            s = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in source else socket.AF_INET))
+            s.bind((source, 0))
+            s.setblocking(False)
+            s.connect_ex(("::1" if ":" in source else "127.0.0.1", port))
+            with contextlib.suppress(OSError):
+                s.send(b"\xff")
+            return s
+
+        raw = stack.enter_context(Raw(server, IPV6=1))
+        for _ in range(20 + 15):
+            dial(here)
+        until(lambda: min(server._doorman._shares.values(), default=1.0) < 0.5**9, "a share of next to nothing")
+        late = [dial(here) for _ in range(200)]
+        before = time.monotonic()
+        assert connected(dial(elsewhere)) and sum(map(connected, late)) < 10 and raw.silent()
+        assert time.monotonic() - before < 0.9, "before a SYN is repeated"
+        monkeypatch.setattr(doorman_module, "KNOCKS", 1e9)
+        until(lambda: not server._doorman._shares, "the end of the flood")
+        assert connected(dial(here)) and raw.silent()
+        until(lambda: not server._doorman._knocks, "an empty book")
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as s:
+        s.bind(("::1", 0))
+        return True
+    return False
+
+
+def connected(s: socket.socket) -> bool:
+    """On loopback that is so at once, or a SYN has been dropped."""
+    with contextlib.suppress(OSError):
+        return bool(s.getpeername())
+    return False
+
+
+def test_edges_that_are_welcomed_are_no_flood(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many come, and though each connects twice; those that are not welcomed count."""
+    monkeypatch.setattr(doorman_module, "KNOCKS", 0.0)
+    for _ in range(20):
+        Connection(server.address, b"").close()
+    until(lambda: len(server._doorman) == 0, "the end of all")
+    assert all(a.asked <= DIAL for a in server._doorman._knocks.values())
+    for _ in range(5):
+        stranger(server).close()
+    until(lambda: any(a.asked >= 5 for a in server._doorman._knocks.values()), "five in the book")
+
+
+@linux
+def test_the_share_that_is_let_in_is_random() -> None:
+    """And is that of its address: all others are let in, also those whose address differs in one bit."""
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener, contextlib.ExitStack() as stack:
+        guard(listener, {bytes([127, 0, 0, 1]): 0.5, bytes([127, 0, 0, 3]): 0.0, bytes([127, 0, 0, 1, 0, 0, 0, 0]): 0.0}, silent=True)
+        let_in = Counter[str]()
+        for host in ["127.0.0.1"] * 200 + ["127.0.0.2"] * 50 + ["127.0.0.3"] * 50:
+            s = stack.enter_context(socket.socket())
+            s.bind((host, 0))
+            s.setblocking(False)
+            s.connect_ex(listener.getsockname())
+            let_in[host] += connected(s)
+        assert 50 < let_in["127.0.0.1"] < 150 and let_in["127.0.0.2"] == 50 and let_in["127.0.0.3"] == 0
+        hear(listener)
+        assert connected(stack.enter_context(socket.create_connection(listener.getsockname(), 10)))
+
+
+def test_an_address_is_one_whatever_the_socket() -> None:
+    assert _address("::ffff:192.0.2.7") == _address("192.0.2.7") == bytes([192, 0, 2, 7])
+    assert _address("2001:db8::1") == _address("2001:db8::2:3") == bytes([0x20, 1, 0x0D, 0xB8, 0, 0, 0, 0]) != _address("2001:db8:0:1::1")
+    assert _address("fe80::1%eth0") == bytes([0xFE, 0x80, 0, 0, 0, 0, 0, 0])
 
 
 def test_a_message_without_an_end_is_cut_off(server: Server, oracle: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +239,7 @@ def muted(server: Server) -> list[object]:
     return [account for account, a in list(server._doorman._allowances.items()) if a.muted > time.monotonic()]
 
 
-@pytest.mark.skipif(not doorman_module.LINUX, reason="others cannot be told to take nothing")
+@linux
 def test_what_is_not_heard_is_not_received(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """So it costs nobody anything; nor is it lost: TCP brings it when the time is over."""
     monkeypatch.setattr(doorman_module, "SAVED", 50.0)
