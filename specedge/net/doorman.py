@@ -5,7 +5,8 @@ ZeroMQ accepts everybody for as long as there are descriptors, and puts a messag
 does tell is the descriptor of every connection that comes and goes, and of every message: so a connection can be shut down from here, and for ZeroMQ
 its peer hung up; or deafened: the system takes nothing more from it, so that what it sends costs nobody anything, until it is heard again and sends
 that once more, as TCP does. Likewise the listening socket: nobody is accepted who has not said anything (edges speak first), and of an address that
-opens connections to no purpose only a share. A connection is a stranger until its WELCOME goes out. Knows nothing of messages, keys or sessions.
+opens connections to no purpose only a share. A connection is a stranger until its WELCOME goes out, and again when it has said nothing for long:
+sessions are counted for those who speak, and else a key could collect all descriptors. Knows nothing of messages, keys or sessions.
 Linux alone says how much a connection has received, and can keep back what comes; elsewhere the former is not bounded, a flood is received to be
 dropped, and whoever connects is accepted. Invariant: nothing is shut down or deafened but the very connection that was accepted.
 """
@@ -32,6 +33,7 @@ from specedge.net.filters import deafen, guard, hear
 
 STRANGERS, OF_AN_ADDRESS = 512, 64  # at a time; whoever has been one for longest makes room for the next
 SPARE = 128  # descriptors that are not for connections
+QUIET = 60.0  # seconds without a message after which a connection is a stranger again: twice those after which its account is free to have another
 PIECE = 16_000_000  # bytes without a message: four times what may wait in ZeroMQ and in the system while nobody reads
 TURN = 0.1  # seconds between two looks: at who came and went (in heaps: one by one they would wake the thread), and at how much has come
 INFO, RECEIVED = 136, 128  # size of struct tcp_info up to the field tcpi_bytes_received, and where that begins
@@ -57,6 +59,7 @@ class Guest:
     account: object = None  # whose it is, once it has spoken
     received: int = 0
     spoke: bool = False  # since the last look
+    heard: float = math.inf  # when it last said something, once it has
     deaf: float = 0.0  # until when nothing is taken from it; 0: it is heard
     ends: float = math.inf  # when it is shut down
 
@@ -95,17 +98,18 @@ class Doorman:
     def __len__(self) -> int:
         return len(self._guests)
 
-    def hears(self, descriptor: int, route: bytes, account: object, now: float) -> bool:
-        """Whether a frame that has come is to be heard. Every frame is taken off what its account, or, without one, its connection may ask to no
-        purpose; who asks more is not heard for a while: TCP keeps its frames back, and those that were here already are lost."""
+    def hears(self, descriptor: int, route: bytes, account: object, frames: float, now: float) -> bool:
+        """Whether a frame that has come, and counts as `frames`, is to be heard. Every one is taken off what its account, or, without one, its
+        connection may ask to no purpose; who asks more is not heard for a while: TCP keeps its frames back, and those that were here already are
+        lost."""
         if route not in self._routes:
             self._look()  # it came after what is known
         if (guest := self._guests.get(descriptor)) is None:  # ipc, or gone already
             return True
-        guest.spoke, guest.account, self._routes[route] = True, account or route, descriptor
+        guest.spoke, guest.heard, guest.account, self._routes[route] = True, now, account or route, descriptor
         allowance = self._allowances.setdefault(guest.account, Allowance())
         if allowance.muted <= now:
-            self._spend(allowance, 1.0, now)
+            self._spend(allowance, frames, now)
         if allowance.muted <= now:
             return True
         if LINUX and not guest.deaf:
@@ -114,7 +118,7 @@ class Doorman:
         return False
 
     def thank(self, route: bytes, account: object, frames: float, now: float) -> None:
-        """Some frames of an account had a purpose."""
+        """Some frames of an account had a purpose; below 0, its questions cost so many more."""
         if allowance := self._allowances.get(account or route):
             self._spend(allowance, -frames, now)
 
@@ -143,6 +147,8 @@ class Doorman:
                 guest.deaf = 0.0
                 self._do(descriptor, hear)
             received = _with(descriptor, _received) or 0 if LINUX else 0
+            if now - guest.heard > QUIET and descriptor not in self._strangers:
+                self._strange(descriptor, _address(str(guest.name[0])))
             if guest.ends <= now:
                 self._shut(descriptor)
             elif guest.spoke:
@@ -177,14 +183,17 @@ class Doorman:
         if not isinstance(name, tuple):  # gone already, or ipc
             return
         self._guests[descriptor], address = Guest(name), _address(str(name[0]))
-        self._strangers[descriptor] = address
-        self._of[address] += 1
+        self._strange(descriptor, address)
         knocks = self._knocks.setdefault(address, Allowance())
         knocks.spend(1.0, max(knocks.at, self._next - TURN), KNOCKS)
         if self._of[address] > OF_AN_ADDRESS:
             self._shut(next(d for d, a in self._strangers.items() if a == address))
         elif len(self._strangers) > STRANGERS or len(self._guests) > self._most:
             self._shut(next(iter(self._strangers)))
+
+    def _strange(self, descriptor: int, address: bytes) -> None:
+        self._strangers[descriptor] = address
+        self._of[address] += 1
 
     def _known(self, descriptor: int) -> None:
         address = self._strangers.pop(descriptor, None)

@@ -17,7 +17,7 @@ WAIT = 5.0  # seconds that an account which has overdrawn its rate is made to wa
 class Quota:
     """Limits of one account; 0: none."""
 
-    connections: int = 1024
+    connections: int = 256
     sessions: int = 256
     kv_tokens: int = 0  # prompt and output of all its sessions, at their longest
     in_flight: int = 0  # rounds that await their verdicts

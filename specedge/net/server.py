@@ -34,6 +34,7 @@ INBOX = 256  # messages that may wait for the engine: of the largest size they a
 IDLE = 0.1  # seconds after which an engine without work looks up
 PURPOSE = 5.0  # frames that a verified round makes good: a text may begin and end with it
 BUSY = 0.9  # of a frame: who waits for a place in a full server has to ask
+UNIT = 8192  # bytes that count as a frame: to take 16,000 ids costs the engine's thread as much as ten small messages
 Inbound = tuple[Peer, wire.Message | None, float] | frozenset[str]  # and when it came; None: the peer is gone; a set: users who may be here no more
 
 
@@ -52,6 +53,16 @@ def is_private(endpoint: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _purpose(message: wire.Message, size: int) -> float:
+    """Frames that what it answers makes good; below 0, what it costs. A verdict that nobody has waited for is one of a stream, for which an edge has
+    nothing to say; one without rows says again what is known, and may be 128 times as long as the question."""
+    if isinstance(message, wire.Busy):
+        return BUSY
+    if isinstance(message, wire.Verdict):
+        return PURPOSE * (message.queue_us > 0) if message.verified else -(size // UNIT)
+    return 0.0
 
 
 def address(endpoint: str) -> str:
@@ -274,12 +285,13 @@ class Server:
         self._router.close()
 
     def _send(self, peer: Peer, message: wire.Message) -> None:
+        frame = wire.encode(message)
         if isinstance(message, wire.Welcome):
             self._doorman.welcomed(peer.route)
-        elif isinstance(message, wire.Busy) or (isinstance(message, wire.Verdict) and message.verified):
-            self._doorman.thank(peer.route, peer.user, BUSY if isinstance(message, wire.Busy) else PURPOSE, time.monotonic())
+        elif (purpose := _purpose(message, len(frame))) != 0:
+            self._doorman.thank(peer.route, peer.user, purpose, time.monotonic())
         try:
-            self._router.send_multipart([peer.route, wire.encode(message)], zmq.NOBLOCK)
+            self._router.send_multipart([peer.route, frame], zmq.NOBLOCK)
         except zmq.ZMQError:  # gone, or it does not read: its sessions lapse, nobody waits for it
             self._inbox.put((peer, None, time.monotonic()))
 
@@ -293,7 +305,7 @@ class Server:
             peer, descriptor = Peer(route.bytes, str(body[0].get("User-Id")) if self._authenticator else ""), -1
             with contextlib.suppress(zmq.ZMQError):  # of protocols before ZMTP 3, where a message does not know its connection
                 descriptor = body[-1].get(zmq.SRCFD)
-            if not self._doorman.hears(descriptor, peer.route, peer.user, now):
+            if not self._doorman.hears(descriptor, peer.route, peer.user, max(1.0, len(body[0]) / UNIT), now):
                 continue
             if self._authenticator and peer.user not in self._authenticator.users:
                 self._doorman.dismiss({peer.user}, now)  # a key that was revoked before it said anything

@@ -272,8 +272,8 @@ class Sessions:
             raise Full(f"all {self.max_sessions} sessions of this server are taken", RETRY_FULL)
 
     def _yield_place(self, usage: Usage, now: float) -> bool:
-        """Where every place is taken, the account that has most of them gives up one, if it has more than whoever asks would have: that of the session
-        which has not moved for longest. Its edge opens it again, and waits for a place if need be. Else one key could keep all others out for ever."""
+        """Where every place is taken, the account that has most of them gives one up, if it has more than whoever asks would have: that of the
+        session which has not moved for longest. Its edge opens it again, and waits for a place if need be. Else one key could keep all others out."""
         most = max(self._usage.values(), key=lambda u: u.sessions)
         if most.sessions <= usage.sessions + 1:
             return False
@@ -392,7 +392,7 @@ class Sessions:
             raise Refused("frame", str(e)) from None
         if len(ids) and int(ids.max()) >= self.engine.vocab:
             raise Refused("token", f"token {int(ids.max())} is outside the vocabulary of {self.engine.vocab}")
-        return [int(i) for i in ids]
+        return ids.tolist()  # type: ignore[no-any-return]
 
     def _fly(self, r: Remote, flying: bool) -> None:
         r.usage.in_flight += flying - r.flying

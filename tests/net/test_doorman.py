@@ -14,12 +14,13 @@ import pytest
 from specedge.config import SamplingParams
 from specedge.engine.engine import Engine
 from specedge.net import doorman as doorman_module
+from specedge.net import server as server_module
 from specedge.net.client import Connection
 from specedge.net.doorman import DIAL, OF_AN_ADDRESS, Doorman, _address, _with
 from specedge.net.edge import Edge
 from specedge.net.filters import ATTACH, guard, hear
 from specedge.net.server import Server
-from specedge.net.wire import Close, Draft, Hello, Lease, Resume, Verdict, Welcome, encode
+from specedge.net.wire import Close, Draft, Hello, Lease, Message, Resume, Verdict, Welcome, encode
 from tests.helpers import engine
 from tests.net.test_server import PROMPT, Raw, X, background, honest_edge, serving, until
 
@@ -288,6 +289,51 @@ def test_a_repeated_round_is_an_idle_question(server: Server, monkeypatch: pytes
         (allowance,) = server._doorman._allowances.values()
         assert allowance.asked == 19, "frames since the verdict that a step found"
         raw.send(Close(X))
+
+
+def test_long_frames_and_long_answers_count_for_more(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the bytes that they make the server look at, or send: a repeat of 512 bytes may ask for 64 KiB."""
+    monkeypatch.setattr(doorman_module, "RATE", 0.0)
+    monkeypatch.setattr(server_module, "UNIT", 256)
+    with Raw(server) as raw:
+        raw.open(tokens=[7] * 100, most=400)
+        raw.text(base=100)
+
+        def cost(frame: bytes | Message) -> float:
+            (allowance,) = server._doorman._allowances.values()
+            allowance.asked = 0.0
+            raw.send(frame)
+            raw.receive()
+            return allowance.asked
+
+        assert cost(bytes(2048)) == 8
+        assert [cost(Draft(X, 1, 100 + n, b"", b"")) for n in (399, 1)] == [2 + 2, 2 + 8], "of one id, and of 399"
+        raw.send(Close(X))
+
+
+def test_a_stream_makes_nothing_good(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for its first verdict: an edge says nothing for the others, and could flood with what they saved up."""
+    monkeypatch.setattr(doorman_module, "RATE", 0.0)
+    with Raw(server) as raw:
+        raw.open(most=100)
+        (allowance,) = server._doorman._allowances.values()
+        allowance.asked = 500.0
+        assert len(raw.text()) == 100
+        assert allowance.asked == 500 + 1 - server_module.PURPOSE
+        raw.send(Close(X))
+
+
+def test_who_falls_silent_is_a_stranger_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And makes room for others, for nobody counts its connection any more; until it greets again."""
+    monkeypatch.setattr(doorman_module, "QUIET", 0.3)
+    monkeypatch.setattr(doorman_module, "STRANGERS", 2)
+    with Raw(server) as first, Raw(server) as second:
+        until(lambda: len(server._doorman._strangers) == 2, "two strangers")
+        assert first.silent() and len(server._doorman._strangers) == 1, "whoever greets is none"
+        monkeypatch.setattr(doorman_module, "QUIET", 1000.0)
+        with stranger(server), stranger(server):
+            until(lambda: len(server._doorman) == 3, "the end of the one that is silent")
+            assert first.silent() and second.socket.poll(0) == 0
 
 
 def test_many_callers_of_one_edge_are_not_slowed(server: Server, oracle: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
