@@ -377,21 +377,21 @@ class Drafter:
 
     def _pick(self) -> list[tuple[Session, list[Node]]]:
         """The best candidates over all sessions; sessions that await no verdict come first, for somebody waits for them. As many as make the most of
-        a second: the largest (sum of their scores) / (time of the forward), and at most `width`; that many until it is known what rows cost."""
+        a second: the largest (sum of their scores) / (time of the forward), and at most `width`; that many until it is known what rows cost. A
+        session whose best candidate is worth no row is passed over, for those behind may be worth theirs."""
         picked: dict[int, list[Node]] = {}
         front = [(s.submitted is not None, s.heap[0][0] + s.root.score, i) for i, s in enumerate(self._sessions) if self._growable(s)]
         if not self.config.proactive:
             front = [f for f in front if not f[0]]
         heapq.heapify(front)
-        total, cost = 0.0, self.pace.draft
-        for n in range(self.config.width):
-            if not front:
-                break
-            p = math.exp(-front[0][1])
-            if cost.confident and p * cost.predict(n, 0) < total * cost.slope(n):
-                break
-            total += p
-            flying, _score, i = heapq.heappop(front)
+        total, n, cost = 0.0, 0, self.pace.draft
+        context = sum(len(self._sessions[i].tokens) for _, _, i in front)
+        while front and n < self.config.width:
+            flying, score, i = heapq.heappop(front)
+            p = math.exp(-score)
+            if cost.confident and p * cost.predict(n, context) < total * cost.slope(n):
+                continue
+            total, n = total + p, n + 1
             session = self._sessions[i]
             node = heapq.heappop(session.heap)[2]
             node.slot = heapq.heappop(session.free)

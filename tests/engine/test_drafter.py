@@ -411,6 +411,22 @@ def test_forwards_are_as_wide_as_rows_are_cheap() -> None:
     assert found[0.0] == 32 > found[0.005] > found[0.02] >= 1
 
 
+def test_who_has_nothing_worth_a_row_does_not_keep_it_from_others() -> None:
+    """Candidates of a session that somebody waits for come first; where the next of them costs more than it brings, the other session has its turn."""
+    d, _ = paced(2)
+    awaited, flying = grown(d, [1, 2, 3], forwards=2), grown(d, [3, 2, 1], forwards=2)
+    d.submit(flying, 0)
+    awaited.heap = [(score + 5.0, order, node) for score, order, node in awaited.heap]  # poor by exp(-5)
+    for node in awaited.nodes:
+        node.score -= 5.0
+    d.pace.draft = CostModel()
+    for rows in (1, 8, 32) * 8:
+        d.pace.draft.observe(rows, 0, 0.02 + 0.002 * rows)
+    good = sum(math.exp(-score - flying.root.score) > 0.1 for score, _, _ in flying.heap)
+    picked = {id(s): len(nodes) for s, nodes in d._pick()}
+    assert 0 < good <= picked[id(flying)]
+
+
 def test_what_grows_in_flight_need_not_grow_before() -> None:
     """The more often a verdict keeps what has grown, the sooner a tree goes out."""
     d, world = paced()
