@@ -412,7 +412,7 @@ def test_forwards_are_as_wide_as_rows_are_cheap() -> None:
 
 
 def test_who_has_nothing_worth_a_row_does_not_keep_it_from_others() -> None:
-    """Candidates of a session that somebody waits for come first; where the next of them costs more than it brings, the other session has its turn."""
+    """Candidates of a session that somebody waits for come first; where the next of them costs more than it brings, the others have their turn."""
     d, _ = paced(2)
     awaited, flying = grown(d, [1, 2, 3], forwards=2), grown(d, [3, 2, 1], forwards=2)
     d.submit(flying, 0)
