@@ -363,7 +363,7 @@ def _chat(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from specedge.engine.hub import locate
     from specedge.engine.weights import read_config
-    from specedge.net.doctor import examine
+    from specedge.net.doctor import examine_all
     from specedge.text import Tokenizer
 
     _settle_demo(args, "draft")
@@ -371,7 +371,7 @@ def _doctor(args: argparse.Namespace) -> int:
         raise SpecedgeError("name one draft: --draft MODEL or --demo")
     path = DEMO / "draft" if args.demo else locate(args.draft) if args.draft else None
     tokenizer, vocab = (Tokenizer.from_dir(path).digest(), read_config(path).vocab) if path else (b"", 0)
-    found = {server: examine(server, tokenizer, vocab, args.key) for server in args.server}
+    found = examine_all(args.server, tokenizer, vocab, args.key)
     if args.json:
         print(json.dumps({server: [dataclasses.asdict(f) for f in findings] for server, findings in found.items()}))
     else:

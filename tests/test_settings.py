@@ -208,7 +208,9 @@ def test_help_shows_the_defaults(parse: Parse, capsys: pytest.CaptureFixture[str
 # the two commands
 
 
-@pytest.mark.parametrize(("program", "command", "least"), [("server", "serve", 5), ("edge", "generate", 5), ("edge", "chat", 5), ("edge", "doctor", 3)])
+@pytest.mark.parametrize(
+    ("program", "command", "least"), [("server", "serve", 5), ("edge", "generate", 5), ("edge", "chat", 5), ("edge", "doctor", 3)]
+)
 def test_every_option_can_be_set(
     program: str, command: str, least: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:  # fmt: skip

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from bench.proxy import Proxy
 from specedge.config import DraftConfig, EngineConfig, SamplingParams
@@ -20,7 +21,7 @@ from specedge.net import link as link_module
 from specedge.net import rounds as rounds_module
 from specedge.net import wire
 from specedge.net.client import Connection, ServerError
-from specedge.net.doctor import Finding, examine
+from specedge.net.doctor import Finding, examine, examine_all
 from specedge.net.edge import Edge
 from specedge.net.quota import Quota
 from specedge.net.server import Server
@@ -318,11 +319,24 @@ def test_what_the_doctor_finds(model: Path) -> None:
         assert (found.check, found.ok) == ("version", False) and "update the older side" in found.text
     with Fake(silent, [WELCOME, GoAway(1000)]) as fake:
         assert checks(examine(fake.address, trips=2))["load"] is False
-    full = wire.decode(wire.encode(WELCOME))
-    assert isinstance(full, wire.Welcome)
-    full.load.sessions = 16
-    with Fake(silent, [full]) as fake:
-        assert "new texts may have to wait" in examine(fake.address, trips=1)[-1].text
+    for load, warns in ((wire.Load(16, 4096, 4096), True), (wire.Load(13, 4096, 4096), False), (wire.Load(1, 400, 4096), True)):
+        with Fake(silent, [structs.replace(WELCOME, load=load)]) as fake:
+            last = examine(fake.address, trips=1)[-1]
+            assert last.ok and ("new texts may have to wait" in last.text) == warns
+            assert f"{load.sessions} of 16 sessions are open, and there is room for {load.kv_free} of 4096 tokens" in last.text
+
+
+def test_servers_of_several_models(model: Path) -> None:
+    """The doctor says at once what an edge says when it needs the second server; one that does not answer is not compared."""
+    with contextlib.ExitStack() as stack:
+        another, words = structs.replace(WELCOME, model=b"x" * 32), structs.replace(WELCOME, tokenizer=b"t" * 32)
+        one, two, other, foreign = (stack.enter_context(Fake(silent, [w])).address for w in (WELCOME, WELCOME, another, words))
+        found = examine_all([f"{one[:-1]}x", one, two, other, foreign])
+        wrong = {server: [f for f in findings if f.check == "same model"] for server, findings in found.items()}
+        assert [len(w) for w in wrong.values()] == [0, 0, 0, 1, 1] and all(checks(found[s])["model"] for s in (one, two, other, foreign))
+        for (finding,) in (wrong[other], wrong[foreign]):
+            assert not finding.ok and "\n" not in finding.text
+            assert f"another model than at {one}, " in finding.text and finding.text.endswith("name servers of one model only")
 
 
 def test_dialling_ends_with_the_edge(model: Path) -> None:
