@@ -1,8 +1,8 @@
 """docs/protocol.md is enough to write a client from: here is one, of MessagePack and ZeroMQ alone, written from no file of specedge.
 
-It speaks to a real server, sends a tree and decodes alone, and its text must be the one of the target. What it does not need is not here: keys,
-quotas. The digest of a tokenizer and the law of sampling are computed from the page's words, too. If this file needs a change that the page does not
-explain, the page is wrong.
+It speaks to a real server, sends a tree and decodes alone, loses its connection and goes on, and its text must be the one of the target. What it does
+not need is not here: keys, quotas. The digest of a tokenizer and the law of sampling are computed from the page's words, too. If this file needs a
+change that the page does not explain, the page is wrong.
 """
 
 import ast
@@ -19,19 +19,27 @@ import numpy as np
 import pytest
 import zmq
 
-from tests.net.test_server import PROMPT, Engine, Server, server  # noqa: F401  a fixture: the other side
+from tests.helpers import engine
+from tests.net.test_server import PROMPT, Engine, Server, server, serving  # noqa: F401  a fixture: the other side
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
-HELLO, WELCOME, OPEN, OPENED, DRAFT, VERDICT, CLOSE = 1, 2, 3, 5, 6, 7, 9
+HELLO, WELCOME, OPEN, OPENED, DRAFT, VERDICT, CANCEL, CLOSE, RESUME, RESUMED, NEED_PREFILL, GONE = 1, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13, 14
 
 
 class Client:
     """One connection and one session."""
 
     def __init__(self, endpoint: str) -> None:
+        self.lost = False  # a connection, so that things may come twice
+        self.connect(endpoint)
+
+    def connect(self, endpoint: str) -> None:
         self.socket = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.linger = 0
         self.socket.connect(endpoint)
+        self.greet()
+
+    def greet(self) -> None:
         self.send(HELLO, ["minimal client", b""])
         self.vocab = self.receive(WELCOME)[3]
 
@@ -41,32 +49,62 @@ class Client:
         size = next(s for s in (512, 2048, 65536) if s >= 16 + len(body))
         self.socket.send((header + body).ljust(size, b"\0"))
 
-    def receive(self, number: int) -> list:  # type: ignore[type-arg]
+    def receive(self, *numbers: int) -> list:  # type: ignore[type-arg]
         assert self.socket.poll(30_000), "no answer"
         frame = self.socket.recv()
         magic, major, _minor, kind, _flags, length, _zero = struct.unpack_from("<4sBBBBII", frame)
         fields: list = msgpack.decode(frame[16 : 16 + length])  # type: ignore[type-arg]
-        assert (magic, major) == (b"SPEG", 1) and kind == number, fields
+        assert (magic, major) == (b"SPEG", 1) and kind in numbers, fields
+        self.kind = kind
         return fields
 
     def open(self, prompt: list[int], max_tokens: int, seed: int) -> None:
         self.session, self.text, self.round, self.end = os.urandom(16), list(prompt), 0, len(prompt) + max_tokens
-        self.send(OPEN, [self.session, pack(prompt), len(prompt), len(prompt), [0.8, seed], [], max_tokens])
-        assert self.receive(OPENED) == [self.session, len(prompt)]
+        self.rest = [len(prompt), [0.8, seed], [], max_tokens]
+        self.build()
+
+    def build(self, answered: int = 0) -> None:
+        self.send(OPEN, [self.session, pack(self.text), len(self.text), *self.rest, answered])
+        assert self.receive(OPENED) == [self.session, len(self.text)]
 
     def draft(self, tokens: list[int], parents: list[int], run_until: int = 0) -> int:
         """A round; returns `finish`, after all verdicts if the server is to decode alone."""
-        self.round += 1
+        self.round, self.sent = self.round + 1, (tokens, parents, run_until)
+        self.offer()
+        return self.verdicts()
+
+    def offer(self) -> None:
+        tokens, parents, run_until = self.sent
         self.send(DRAFT, [self.session, self.round, len(self.text), pack(tokens), bytes(parents), run_until])
+
+    def verdicts(self) -> int:
+        """What awaits its verdict; one without tokens says only that the server lives."""
+        (tokens, parents, run_until), before = self.sent, len(self.text)
         while True:
             _, number, base, row, ids, _, finish, *_ = self.receive(VERDICT)
-            assert number == self.round and base == len(self.text)
+            if (number, base) != (self.round, len(self.text)):
+                assert self.lost
+                continue
             path = []
             while row:
                 path, row = [tokens[row - 1], *path], parents[row - 1]
             self.text += path + list(struct.unpack(f"<{len(ids) // 4}I", ids))
-            if finish or len(self.text) >= run_until:
+            if finish or before < len(self.text) >= run_until:
                 return finish
+
+    def recover(self, endpoint: str, flying: bool) -> int:
+        """The connection is lost: go on over a new one. Returns the type of what RESUME was answered by."""
+        self.socket.close()
+        self.lost = True
+        self.connect(endpoint)
+        self.send(RESUME, [self.session])
+        _, *there = self.receive(RESUMED, NEED_PREFILL, GONE)
+        answer = self.kind
+        if answer != RESUMED or there[0] < len(self.text) or there[1] not in (self.round, self.round - 1):
+            self.build(self.round - flying)
+        if flying:
+            self.offer()
+        return answer
 
 
 def pack(ids: list[int]) -> bytes:
@@ -87,6 +125,38 @@ def test_a_client_written_from_the_document(server: Server, oracle: Engine) -> N
     assert client.text[len(PROMPT) :] == want
     client.send(CLOSE, [client.session])
     client.socket.close()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("moment", ["between rounds", "a round on its way", "a verdict on its way"])
+def test_a_connection_that_is_lost(server: Server, model: Path, oracle: Engine, moment: str, elsewhere: bool) -> None:  # noqa: F811
+    """RESUME on a new connection, and the session goes on; at another server, which has never heard of it, it is rebuilt. The ids are the same."""
+    from specedge.config import SamplingParams
+
+    want = oracle.generate([PROMPT], SamplingParams(0.8, 12, seed=5))[0].token_ids
+    with serving(engine(model)) as other:
+        client = Client(server.endpoint)
+        client.open(PROMPT, 12, seed=5)
+        wrong = (want[0] + 1) % client.vocab
+        assert client.draft([wrong, want[0]], [0, 0]) == 0 and client.text[len(PROMPT) :] == want[:2]
+        flying = moment != "between rounds"
+        if flying:
+            client.round, client.sent = 2, ([want[2], wrong, want[3]], [0, 0, 1], 0)
+            client.offer()
+            assert moment != "a verdict on its way" or client.socket.poll(30_000)
+        assert client.recover((other if elsewhere else server).endpoint, flying) == (GONE if elsewhere else RESUMED)
+        if flying:
+            assert client.verdicts() == 0 and client.text[len(PROMPT) :] == want[:5]
+        assert client.draft([want[len(client.text) - len(PROMPT)]], [0]) == 0
+        assert client.draft([], [], run_until=client.end) == 2
+        assert client.text[len(PROMPT) :] == want
+        client.send(CLOSE, [client.session])
+        client.greet()  # CLOSE has come when this is answered
+        client.socket.close()
+        client.connect(server.endpoint)  # a third connection, which may end what is left of the session there
+        client.send(CANCEL, [client.session])
+        client.greet()
+        client.socket.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
