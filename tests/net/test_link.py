@@ -34,6 +34,8 @@ from tests.net.test_server import PATIENCE, background, until
 PROMPT = [7, 3, 9, 50, 100, 2]
 SAMPLED = SamplingParams(0.8, 400, seed=5)  # long enough for a fault to find it on its way
 MODEL = b"m" * 32
+BACKOFF = [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]  # of docs/protocol.md, in seconds
+LONGEST = link_module.LONGEST  # without what `hasty` makes of it
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +183,55 @@ def test_the_next_server_is_taken_when_one_fails(model: Path, want: list[int]) -
 
             assert follow(edge, {50: fail}) == want
             assert edge._link.address == server.address
+
+
+class Dice:
+    """In place of the module random: waits are as short as they may be. `bounds` are the longest that they might have been."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, then: Callable[[int], object] = lambda n: None) -> None:
+        self.bounds, self.then = list[float](), then
+        monkeypatch.setattr(link_module, "LONGEST", LONGEST)
+        monkeypatch.setattr(link_module, "random", self)
+
+    def uniform(self, low: float, high: float) -> float:
+        assert low == 0, "full jitter"
+        self.bounds.append(high)
+        self.then(len(self.bounds))
+        return 0.0
+
+
+def test_attempts_grow_rarer_until_a_server_is_of_use(model: Path, want: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound doubles from 0.1 s up to 10 s, and begins again once the text has moved."""
+    with serving(model) as server, Proxy(server.endpoint) as proxy, Edge(proxy.address) as edge:
+        dice = Dice(monkeypatch, lambda n: setattr(proxy, "refuse", n < len(BACKOFF)))
+
+        def fail() -> None:
+            proxy.refuse = True
+            proxy.drop()
+
+        assert follow(edge, {10: fail, 100: proxy.drop}) == want
+        assert dice.bounds == pytest.approx([*BACKOFF, 0.1])
+
+
+def test_a_greeting_alone_is_of_no_use(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that lets everybody in and then breaks is not stormed: what counts is an answer about a text."""
+    with Fake(silent) as fake, Proxy(fake.address.replace("specedge", "tcp")) as proxy, Edge(proxy.address) as edge:
+        dice = Dice(monkeypatch)
+        text = background(edge.generate, [[1, 2, 3]], SamplingParams(max_tokens=10, seed=1))
+        until(lambda: fake.of(wire.Draft), "a round")
+        for n in range(1, 6):
+            assert proxy.drop()
+            until(lambda: len(dice.bounds) == n and edge._link.up, "another connection")  # noqa: B023
+        assert dice.bounds == pytest.approx(BACKOFF[:5])
+        fake.script = honest
+        fake.answers[Resume] = lambda m: [wire.Resumed(m.session, 3, 0)]
+        assert proxy.drop()
+        assert [c.token_ids for c in text.result(PATIENCE)] == [truth(3)]
+        assert dice.bounds == pytest.approx(BACKOFF[:6])
+        until(lambda: edge._link.up, "the connection")
+        assert proxy.drop()
+        until(lambda: len(dice.bounds) == 7, "an attempt")
+        assert dice.bounds[-1] == pytest.approx(0.1)
 
 
 def test_a_server_that_says_nothing_any_more(model: Path, want: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
