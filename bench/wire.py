@@ -9,7 +9,6 @@ within microseconds (F3) it is one in this process. Each figure names how often 
 import argparse
 import contextlib
 import json
-import platform
 import statistics
 import sys
 import threading
@@ -19,9 +18,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from bench.attacks import attacked
 from bench.house import House
 from bench.proxy import Proxy
+from bench.step import machine
 from specedge.cli import DEMO
 from specedge.config import DraftConfig, EngineConfig, SamplingParams
 from specedge.engine.drafter import Drafter
@@ -280,7 +282,7 @@ def main() -> None:
         print(f"{name} {title} ({time.monotonic() - begun:.0f} s)")
         for what, figure in found[name].items():  # type: ignore[attr-defined]
             print(f"    {what:28} {figure}", flush=True)
-    line = json.dumps({"bench": "wire", "quick": args.quick, "machine": platform.processor() or platform.machine(), **found})
+    line = json.dumps({"bench": "wire", "quick": args.quick, **machine(torch.get_num_threads()), **found})
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("a") as f:

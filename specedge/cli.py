@@ -69,6 +69,15 @@ def _device_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", choices=precisions, help="precision; int8, int4: of weights, on a CPU (default: float32 on a CPU, bfloat16 on CUDA)")
 
 
+def _settle_demo(args: argparse.Namespace, name: str) -> None:
+    """`--demo` stands for a value of `name`: where a flag says one of the two, and a file or the environment the other, the flag holds."""
+    by_flag, demo_by_flag = name in args.flags, "demo" in args.flags
+    if args.demo and demo_by_flag and not by_flag:
+        setattr(args, name, None)
+    elif getattr(args, name) and by_flag and not demo_by_flag:  # --no-draft goes with the shipped draft's tokenizer
+        args.demo = False
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # specedge-server
 
@@ -121,6 +130,7 @@ def _serve(args: argparse.Namespace) -> int:
     from specedge.engine.weights import fingerprint
     from specedge.net.server import Server, is_private
 
+    _settle_demo(args, "model")
     if args.demo == bool(args.model):
         raise SpecedgeError("name one model: a directory, or --demo")
     path = DEMO / "target" if args.demo else locate(args.model, args.revision)
@@ -262,6 +272,7 @@ class _Reply:
 def _open_edge(args: argparse.Namespace) -> "Edge":
     from specedge.net.edge import Edge
 
+    _settle_demo(args, "draft")
     if args.draft if args.demo else args.draft is None:
         raise SpecedgeError("say how to draft: --draft MODEL, --no-draft or --demo")
     draft = DEMO / "draft" if args.draft is None else args.draft or None
@@ -352,14 +363,15 @@ def _chat(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from specedge.engine.hub import locate
     from specedge.engine.weights import read_config
-    from specedge.net.doctor import examine
+    from specedge.net.doctor import examine_all
     from specedge.text import Tokenizer
 
+    _settle_demo(args, "draft")
     if args.demo and args.draft:
         raise SpecedgeError("name one draft: --draft MODEL or --demo")
     path = DEMO / "draft" if args.demo else locate(args.draft) if args.draft else None
     tokenizer, vocab = (Tokenizer.from_dir(path).digest(), read_config(path).vocab) if path else (b"", 0)
-    found = {server: examine(server, tokenizer, vocab, args.key) for server in args.server}
+    found = examine_all(args.server, tokenizer, vocab, args.key)
     if args.json:
         print(json.dumps({server: [dataclasses.asdict(f) for f in findings] for server, findings in found.items()}))
     else:

@@ -20,7 +20,9 @@ def measure(*names: str) -> dict[str, dict[str, object]]:
 
 def test_frames_have_one_size_and_a_round_is_small() -> None:
     """F7 and F12: under encryption an observer sees one length, both ways, in a run of drafted texts; a round is far below the paper's."""
-    traffic = measure("F7")["F7"]
+    line = measure("F7")
+    assert {"cpu", "arch", "threads", "torch", "commit", "date"} <= set(line) and all(line.values()), "as bench/results/README.md says of every line"
+    traffic = line["F7"]
     assert list(traffic["frames_up"]) == list(traffic["frames_down"]) == ["554"], "512, 33 of encryption, 9 of ZMTP"  # type: ignore[call-overload]
     assert traffic["bytes_per_round"] < 2000 and traffic["times_less"] > 50  # type: ignore[operator]
 

@@ -23,8 +23,9 @@ from pathlib import Path
 import pytest
 
 from specedge import cli
-from specedge.config import SamplingParams
+from specedge.config import DraftConfig, SamplingParams
 from specedge.engine.engine import Engine
+from specedge.net.edge import Edge
 from specedge.net.server import Server
 from tests.helpers import BYTES, byte_tokenizer, random_model
 
@@ -159,6 +160,32 @@ def test_a_signal_ends_the_server(models: House, number: signal.Signals) -> None
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_signal_sends_texts_to_the_other_server(house: House) -> None:
+    """SIGTERM to a process under two texts, one drafted: both go on at the server beside it with the same ids, and it ends well before its 30 s."""
+    prompt, each = [1, 2, 3], [SamplingParams(0.8, 1000, seed=seed, ignore_eos=True) for seed in (1, 2)]
+    want = [house.oracle.generate([prompt], params)[0].token_ids for params in each]
+    first = start("server", "serve", house.target, "--device", "cpu")
+    try:
+        assert first.stdout is not None
+        servers = [first.stdout.readline().decode().split()[1], house.address]
+        config = DraftConfig(tree_size=7, max_sessions=1)
+        with Edge(servers, house.draft, config=config, device="cpu") as drafting, Edge(servers) as plain:
+            streams = [edge.stream(prompt, params) for edge, params in zip((drafting, plain), each, strict=True)]
+            got = [next(stream).token_ids for stream in streams]
+            first.send_signal(signal.SIGTERM)
+            begun = time.monotonic()
+            for ids, stream in zip(got, streams, strict=True):
+                ids += [i for chunk in stream for i in chunk.token_ids]
+            assert got == want
+            assert [edge._link.address for edge in (drafting, plain)] == [house.address] * 2, "nobody had ended before"
+        ended = end(first)
+        assert (ended.status, ended.out) == (0, "") and "Traceback" not in ended.err
+        assert time.monotonic() - begun < cli.DRAIN
+    finally:
+        first.kill()
+        first.wait()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specedge import cli, settings
+from specedge.config import SpecedgeError
 from specedge.settings import SettingsError
 
 Parse = Callable[..., argparse.Namespace]
@@ -90,6 +91,16 @@ def test_what_is_required_may_come_from_anywhere(parse: Parse, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         parse("serve", "--max-rows", "2")
     assert "the following arguments are required: --listen" in capsys.readouterr().err
+
+
+def test_the_directory_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As the README says; of the edge's key, too, and an empty variable is none."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for value, want in ((str(tmp_path / "own"), tmp_path / "own"), ("", tmp_path / "home" / ".config")):
+        monkeypatch.setenv("XDG_CONFIG_HOME", value)
+        assert settings.home() == want / "specedge" and cli._own_key() == want / "specedge" / "edge.secret"
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert "`$XDG_CONFIG_HOME/specedge`" in readme and "`~/.config/specedge/server.toml` or `edge.toml`" in readme
 
 
 def test_the_file_is_chosen(parse: Parse, tmp_path: Path) -> None:
@@ -197,9 +208,11 @@ def test_help_shows_the_defaults(parse: Parse, capsys: pytest.CaptureFixture[str
 # the two commands
 
 
-@pytest.mark.parametrize(("program", "command"), [("server", "serve"), ("edge", "generate")])
+@pytest.mark.parametrize(
+    ("program", "command", "least"), [("server", "serve", 5), ("edge", "generate", 5), ("edge", "chat", 5), ("edge", "doctor", 3)]
+)
 def test_every_option_can_be_set(
-    program: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    program: str, command: str, least: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:  # fmt: skip
     """Whatever is a flag has a line, and the lines make a file that gives the same."""
     monkeypatch.setattr("warnings.showwarning", None)
@@ -217,7 +230,54 @@ def test_every_option_can_be_set(
     assert names - {"model"} == {f for f in flags if not f.startswith("no-")} - {"config", "print-config"}
     (tmp_path / "config").write_text(lines)
     again, _ = show("--config", str(tmp_path / "config"), "--print-config")
-    assert tomllib.loads(again) == tomllib.loads(lines) and len(tomllib.loads(lines)) > 4
+    assert tomllib.loads(again) == tomllib.loads(lines) and len(tomllib.loads(lines)) >= least
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file", "variables", "chosen"),
+    [
+        (["server", "serve", "--demo"], "model = 'm'", {}, "target"),
+        (["server", "serve", "--demo"], "", {"SPECEDGE_SERVER_MODEL": "m"}, "target"),
+        (["server", "serve", "m"], "demo = true", {}, "m"),
+        (["server", "serve", "m"], "model = 'n'", {"SPECEDGE_SERVER_DEMO": "1"}, "m"),
+        (["server", "serve", "--no-demo"], "model = 'm'\ndemo = true", {}, "m"),
+        (["server", "serve"], "model = 'm'\ndemo = true", {}, "name one model: a directory, or --demo"),
+        (["server", "serve", "m", "--demo"], "", {}, "name one model: a directory, or --demo"),
+        (["edge", "chat", "--demo"], "draft = 'm'", {}, "draft draft"),
+        (["edge", "chat", "--demo"], "draft = ''", {}, "draft draft"),
+        (["edge", "chat", "--draft", "m"], "demo = true", {}, "m None"),
+        (["edge", "chat", "--draft", "m"], "", {"SPECEDGE_EDGE_DEMO": "yes"}, "m None"),
+        (["edge", "chat", "--no-draft"], "demo = true\ndraft = 'm'", {}, "None draft"),
+        (["edge", "chat"], "demo = true\ndraft = 'm'", {}, "say how to draft: --draft MODEL, --no-draft or --demo"),
+        (["edge", "chat", "--demo", "--draft", "m"], "", {}, "say how to draft: --draft MODEL, --no-draft or --demo"),
+        (["edge", "doctor", "--demo"], "draft = 'm'", {}, "draft"),
+        (["edge", "doctor", "--draft", "m"], "demo = true", {}, "m"),
+        (["edge", "doctor", "--draft", "m", "--demo"], "", {}, "name one draft: --draft MODEL or --demo"),
+    ],
+)
+def test_a_model_that_is_a_flag_goes_before_one_that_is_none(
+    arguments: list[str], file: str, variables: dict[str, str], chosen: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """`--demo` and a model's name say the same thing in two ways, so the one that is on the command line holds; two flags are still a mistake."""
+
+    def tell(*found: Path | str | None) -> None:
+        raise SpecedgeError(" ".join(f.name if isinstance(f, Path) else str(f) for f in found))
+
+    program, command, *rest = arguments
+    (tmp_path / "config").write_text(file)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("warnings.showwarning", None)
+    monkeypatch.setattr("specedge.engine.hub.locate", lambda name, revision=None: Path(name))
+    monkeypatch.setattr("specedge.engine.engine.Engine.from_pretrained", lambda path, **_: tell(path))
+    monkeypatch.setattr("specedge.net.edge.Edge", lambda server, draft, tokenizer, **_: tell(draft, tokenizer))
+    monkeypatch.setattr("specedge.text.Tokenizer.from_dir", tell)
+    server = ["--server", "specedge://127.0.0.1:1"] if program == "edge" else []
+    monkeypatch.setattr(sys, "argv", [f"specedge-{program}", command, *server, "--config", str(tmp_path / "config"), *rest])
+    with pytest.raises(SystemExit):
+        getattr(cli, program)()
+    assert capsys.readouterr().err.splitlines()[-1] == f"specedge-{program}: {chosen}"
 
 
 def test_a_wrong_setting_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

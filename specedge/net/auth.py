@@ -88,7 +88,7 @@ def load(path: Path) -> KeyPair:
     except FileNotFoundError:
         raise AuthError(f"there is no key at {path}: make one with keygen") from None
     except OSError as e:
-        raise AuthError(f"cannot read {path}: {e.strerror}") from None
+        raise AuthError(f"cannot read {path}: {e.strerror}; let this user read it, or name the file that keygen wrote") from None
     found = re.search(f"^{MARK}([0-9a-f]{{64}})$", text, re.MULTILINE)
     if not found:
         raise AuthError(f"{path} holds no secret key: make one with keygen")
@@ -102,7 +102,7 @@ def _read(path: Path, forbidden: int) -> bytes:
     try:
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
-            raise AuthError(f"{path} is no file")
+            raise AuthError(f"{path} is no file: put one there, or name another")
         if info.st_uid != os.geteuid():
             raise AuthError(f"{path} belongs to another user, who may know or change it: make it your own")
         if info.st_mode & forbidden:

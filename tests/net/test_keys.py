@@ -7,6 +7,7 @@ import contextlib
 import logging
 import re
 import socket
+import time
 from collections.abc import Iterator
 from datetime import datetime, tzinfo
 from pathlib import Path
@@ -21,6 +22,7 @@ from specedge.engine.engine import Engine
 from specedge.net import auth, wire
 from specedge.net.auth import Authenticator, AuthError, authorize, generate, load, revoke
 from specedge.net.client import Connection, ServerError
+from specedge.net.doctor import examine
 from specedge.net.edge import Edge
 from specedge.net.quota import Quota
 from specedge.net.server import Server
@@ -175,6 +177,53 @@ def test_nobody_listens(home: Path) -> None:
     refused(f"specedge://127.0.0.1:{port}/?key={'a' * 64}", home / "ann", "no server at .*: Connection refused; check the address")
 
 
+@pytest.mark.parametrize(
+    ("what", "check", "sentence"),
+    [
+        ("not authorised", "key", "does not know this key: have its operator authorise EVE$"),
+        ("no key", "key", "serves known keys only: make one with `specedge-edge keygen`, and have it authorised there$"),
+        ("no file", "key", "there is no key at HOME/nobody: make one with keygen$"),
+        ("a directory", "key", "HOME is no file: put one there, or name another$"),
+        ("others may read it", "key", "others may read HOME/ann: run chmod 600 on it, and make sure that nobody did$"),
+        ("another server", "key", "has another key than the address says: copy the address that it printed again$"),
+        ("plain to CURVE", "connection", r"takes encrypted connections only: use the whole address, with /\?key=..., that the server printed$"),
+        ("CURVE to plain", "connection", r"does not encrypt, but the address names its key: check who listens there, or leave out /\?key=...$"),
+    ],
+)
+def test_what_the_doctor_says_of_keys(model: Path, server: Server, home: Path, what: str, check: str, sentence: str) -> None:
+    """One failure: one finding, one sentence, one remedy, under the name of what is wrong."""
+    plain, _, query = server.address.partition("/?")
+    (home / "ann").chmod(0o644 if what == "others may read it" else 0o600)
+    address, key = {
+        "not authorised": (server.address, home / "eve"), "no key": (server.address, None), "no file": (server.address, home / "nobody"),
+        "a directory": (server.address, home), "another server": (f"{plain}/?key={load(home / 'eve').public}", home / "ann"),
+        "plain to CURVE": (plain, home / "ann"),
+    }.get(what, (server.address, home / "ann"))  # fmt: skip
+    with Server(engine(model)) if what == "CURVE to plain" else contextlib.nullcontext() as other:
+        (found,) = examine(f"{other.address}/?{query}" if other else address, key=key)
+    want = sentence.replace("EVE", load(home / "eve").public).replace("HOME", str(home))
+    assert (found.check, found.ok) == (check, False) and re.search(want, found.text), found
+    assert "\n" not in found.text and ". " not in found.text and query not in found.text
+    assert not server._sessions._peers
+
+
+def test_the_doctor_does_not_mix_accounts(server: Server, home: Path) -> None:
+    """WELCOME counts the sessions of the whole server, and limits those of this key: a key that may have two is not full because others have five."""
+    authorize(home, load(home / "eve").public, name="eve", sessions="2")
+    with Keyed(server, home / "bob") as bob:
+        for i in range(5):
+            bob.send(wire.Open(bytes([i + 1]) * 16, wire.pack_ids(PROMPT), len(PROMPT), len(PROMPT), GREEDY, [], 12))
+            assert isinstance(bob.receive(), wire.Opened)
+        for name, most in (("eve", 2), ("ann", 256)):
+            *_, last = examine(server.address, key=home / name, trips=2)
+            assert last.check == "load" and last.ok
+            assert last.text.startswith(f"the server has 5 sessions open, this key may have {most} of its own, and there is room for ")
+            assert "may have to wait" not in last.text and (last.figures["sessions"], last.figures["max_sessions"]) == (5, most)
+        for i in range(5):
+            bob.send(wire.Close(bytes([i + 1]) * 16))
+        assert bob.silent()
+
+
 @pytest.mark.parametrize("query", ["?key=abc", "?key=", "?key", "?x=1", "?kee=KEY", "?key=KEY&key=KEY", "x?key=KEY", "?key=secret:KEY"])
 def test_no_address(home: Path, query: str) -> None:
     with pytest.raises(ServerError, match="is no server address: write it as specedge://HOST:PORT, or with /"):
@@ -189,7 +238,7 @@ def test_no_address(home: Path, query: str) -> None:
 def test_a_key_that_is_revoked_loses_its_sessions(
     oracle: Engine, server: Server, home: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """In the middle of a text; its edge is told why. Somebody else's text goes on, unless the whole list is gone."""
+    """In the middle of a text and within 2 s; its edge is told why. Somebody else's text goes on, unless the whole list is gone."""
     want = oracle.generate([PROMPT], SamplingParams(max_tokens=12))[0].token_ids
     if how == "expire":
         revoke(home, "ann")
@@ -198,7 +247,7 @@ def test_a_key_that_is_revoked_loses_its_sessions(
         bob.open()
         stream = edge.stream(PROMPT, LONG)
         next(stream)
-        path = home / auth.LIST
+        path, begun = home / auth.LIST, time.monotonic()
         if how == "revoke":
             revoke(home, "ann")
         elif how == "delete":
@@ -214,7 +263,8 @@ def test_a_key_that_is_revoked_loses_its_sessions(
             path.write_text(path.read_text().replace("name=ann", "name=ann and a mistake"))
         with pytest.raises(ServerError, match="the server refuses: this key is not authorised any more, it was revoked or has expired") as e:
             list(stream)
-        assert e.value.code == "key"
+        assert time.monotonic() - begun < 2, "the promise of SECURITY.md, with room"
+        assert e.value.code == "key" and load(home / "ann").public not in {user for user, _ in server._sessions._table}
         if how == "delete":
             answer = bob.receive()
             assert isinstance(answer, Error) and (answer.session, answer.code) == (X, "key")

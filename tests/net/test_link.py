@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from bench.proxy import Proxy
 from specedge.config import DraftConfig, EngineConfig, SamplingParams
@@ -20,7 +21,7 @@ from specedge.net import link as link_module
 from specedge.net import rounds as rounds_module
 from specedge.net import wire
 from specedge.net.client import Connection, ServerError
-from specedge.net.doctor import Finding, examine
+from specedge.net.doctor import Finding, examine, examine_all
 from specedge.net.edge import Edge
 from specedge.net.quota import Quota
 from specedge.net.server import Server
@@ -33,6 +34,8 @@ from tests.net.test_server import PATIENCE, background, until
 PROMPT = [7, 3, 9, 50, 100, 2]
 SAMPLED = SamplingParams(0.8, 400, seed=5)  # long enough for a fault to find it on its way
 MODEL = b"m" * 32
+BACKOFF = [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]  # of docs/protocol.md, in seconds
+LONGEST = link_module.LONGEST  # without what `hasty` makes of it
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +185,55 @@ def test_the_next_server_is_taken_when_one_fails(model: Path, want: list[int]) -
             assert edge._link.address == server.address
 
 
+class Dice:
+    """In place of the module random: waits are as short as they may be. `bounds` are the longest that they might have been."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, then: Callable[[int], object] = lambda n: None) -> None:
+        self.bounds, self.then = list[float](), then
+        monkeypatch.setattr(link_module, "LONGEST", LONGEST)
+        monkeypatch.setattr(link_module, "random", self)
+
+    def uniform(self, low: float, high: float) -> float:
+        assert low == 0, "full jitter"
+        self.bounds.append(high)
+        self.then(len(self.bounds))
+        return 0.0
+
+
+def test_attempts_grow_rarer_until_a_server_is_of_use(model: Path, want: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound doubles from 0.1 s up to 10 s, and begins again once the text has moved."""
+    with serving(model) as server, Proxy(server.endpoint) as proxy, Edge(proxy.address) as edge:
+        dice = Dice(monkeypatch, lambda n: setattr(proxy, "refuse", n < len(BACKOFF)))
+
+        def fail() -> None:
+            proxy.refuse = True
+            proxy.drop()
+
+        assert follow(edge, {10: fail, 100: proxy.drop}) == want
+        assert dice.bounds == pytest.approx([*BACKOFF, 0.1])
+
+
+def test_a_greeting_alone_is_of_no_use(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that lets everybody in and then breaks is not stormed: what counts is an answer about a text."""
+    with Fake(silent) as fake, Proxy(fake.address.replace("specedge", "tcp")) as proxy, Edge(proxy.address) as edge:
+        dice = Dice(monkeypatch)
+        text = background(edge.generate, [[1, 2, 3]], SamplingParams(max_tokens=10, seed=1))
+        until(lambda: fake.of(wire.Draft), "a round")
+        for n in range(1, 6):
+            assert proxy.drop()
+            until(lambda: len(dice.bounds) == n and edge._link.up, "another connection")  # noqa: B023
+        assert dice.bounds == pytest.approx(BACKOFF[:5])
+        fake.script = honest
+        fake.answers[Resume] = lambda m: [wire.Resumed(m.session, 3, 0)]
+        assert proxy.drop()
+        assert [c.token_ids for c in text.result(PATIENCE)] == [truth(3)]
+        assert dice.bounds == pytest.approx(BACKOFF[:6])
+        until(lambda: edge._link.up, "the connection")
+        assert proxy.drop()
+        until(lambda: len(dice.bounds) == 7, "an attempt")
+        assert dice.bounds[-1] == pytest.approx(0.1)
+
+
 def test_a_server_that_says_nothing_any_more(model: Path, want: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection stands, and ZeroMQ's heartbeats are answered, for they prove a process and no program: it is given up all the same."""
     monkeypatch.setattr(link_module, "SILENCE", 0.6)
@@ -318,11 +370,24 @@ def test_what_the_doctor_finds(model: Path) -> None:
         assert (found.check, found.ok) == ("version", False) and "update the older side" in found.text
     with Fake(silent, [WELCOME, GoAway(1000)]) as fake:
         assert checks(examine(fake.address, trips=2))["load"] is False
-    full = wire.decode(wire.encode(WELCOME))
-    assert isinstance(full, wire.Welcome)
-    full.load.sessions = 16
-    with Fake(silent, [full]) as fake:
-        assert "new texts may have to wait" in examine(fake.address, trips=1)[-1].text
+    for load, warns in ((wire.Load(16, 4096, 4096), True), (wire.Load(13, 4096, 4096), False), (wire.Load(1, 400, 4096), True)):
+        with Fake(silent, [structs.replace(WELCOME, load=load)]) as fake:
+            last = examine(fake.address, trips=1)[-1]
+            assert last.ok and ("new texts may have to wait" in last.text) == warns
+            assert f"{load.sessions} of 16 sessions are open, and there is room for {load.kv_free} of 4096 tokens" in last.text
+
+
+def test_servers_of_several_models(model: Path) -> None:
+    """The doctor says at once what an edge says when it needs the second server; one that does not answer is not compared."""
+    with contextlib.ExitStack() as stack:
+        another, words = structs.replace(WELCOME, model=b"x" * 32), structs.replace(WELCOME, tokenizer=b"t" * 32)
+        one, two, other, foreign = (stack.enter_context(Fake(silent, [w])).address for w in (WELCOME, WELCOME, another, words))
+        found = examine_all([f"{one[:-1]}x", one, two, other, foreign])
+        wrong = {server: [f for f in findings if f.check == "same model"] for server, findings in found.items()}
+        assert [len(w) for w in wrong.values()] == [0, 0, 0, 1, 1] and all(checks(found[s])["model"] for s in (one, two, other, foreign))
+        for (finding,) in (wrong[other], wrong[foreign]):
+            assert not finding.ok and "\n" not in finding.text
+            assert f"another model than at {one}, " in finding.text and finding.text.endswith("name servers of one model only")
 
 
 def test_dialling_ends_with_the_edge(model: Path) -> None:

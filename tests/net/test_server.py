@@ -290,6 +290,31 @@ def test_right_frames_of_wrong_types(oracle: Engine, server: Server) -> None:
         assert raw.silent()
 
 
+@pytest.mark.parametrize("others", [0, 2])
+def test_cancel_frees_at_once(oracle: Engine, server: Server, others: int) -> None:
+    """Within a second the session and all of its pages are free, while it is decoded and others are (bench.wire measures how soon: F8)."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(others):
+            stack.enter_context(honest_edge(server, oracle))
+        raw = stack.enter_context(Raw(server))
+        for number in range(1, 4):
+            session = bytes([number + 100]) * 16
+            raw.open(session, [number, *range(30)], most=CONTEXT - 31)
+            raw.send(Draft(session, 1, 31, b"", b"", CONTEXT))
+            for _ in range(3):
+                assert isinstance(raw.receive(), Verdict)
+            begun = time.monotonic()
+            raw.send(Cancel(session))
+            while True:
+                raw.send(Hello("free?", b""))
+                while not isinstance(answer := raw.receive(), Welcome):
+                    assert isinstance(answer, Verdict), "of before"
+                mine = [key for key in list(server._sessions._table) if key[1] == session]
+                if not mine and (others or (answer.load.sessions, answer.load.kv_free) == (0, answer.load.kv_tokens)):
+                    break
+                assert time.monotonic() - begun < 1
+
+
 def test_an_oversize_frame_ends_the_connection(oracle: Engine, server: Server) -> None:
     """The next message comes on a new connection, which has not said HELLO."""
     with honest_edge(server, oracle), Raw(server) as raw:
