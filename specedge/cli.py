@@ -194,6 +194,7 @@ def edge() -> NoReturn:
     d = commands.add_parser("doctor", help="say what stands between here and a server", description="Examine servers: one sentence a check.")
     _server_arguments(d)
     d.add_argument("--draft", metavar="MODEL", help="directory or hub id of the draft model that must match the server")
+    d.add_argument("--draft-revision", metavar="REV", help="branch, tag or commit of the draft, if that is a hub id")
     d.add_argument("--demo", action=SWITCH, default=False, help="use the small draft that comes with specedge")
     d.add_argument("--json", action=SWITCH, default=False, help="print one JSON object instead of sentences")
     settings.add_arguments(d, "edge")
@@ -210,6 +211,7 @@ def _text_arguments(g: argparse.ArgumentParser) -> None:
     drafting = g.add_mutually_exclusive_group()
     drafting.add_argument("--draft", metavar="MODEL", help="directory or hub id of the draft model; it must share the server's tokenizer")
     drafting.add_argument("--no-draft", dest="draft", action="store_const", const="", help="draft nothing: the server decodes alone and streams")
+    g.add_argument("--draft-revision", metavar="REV", help="branch, tag or commit of the draft, if that is a hub id")
     g.add_argument("--demo", action=SWITCH, default=False, help="use the small draft that comes with specedge")
     g.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory of tokenizer.json and chat template (default: the draft's)")
     g.add_argument("--system", metavar="TEXT", help="in a chat: a first message that says how to answer")
@@ -270,7 +272,10 @@ def _open_edge(args: argparse.Namespace) -> "Edge":
         raise SpecedgeError("without a draft the tokenizer must be named: --tokenizer DIR")
     config = DraftConfig(tree_size=args.tree_size, depth=args.depth, proactive=args.proactive, autopilot=args.autopilot, max_sessions=1)
     progress = sys.stderr.isatty()
-    return Edge(args.server, draft, tokenizer=tokenizer, key=args.key, config=config, device=args.device, dtype=args.dtype, progress=progress)
+    return Edge(
+        args.server, draft, tokenizer=tokenizer, key=args.key, config=config, device=args.device, dtype=args.dtype,
+        draft_revision=args.draft_revision, progress=progress,
+    )  # fmt: skip
 
 
 def _sampling(args: argparse.Namespace) -> SamplingParams:
@@ -357,7 +362,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     if args.demo and args.draft:
         raise SpecedgeError("name one draft: --draft MODEL or --demo")
-    path = DEMO / "draft" if args.demo else locate(args.draft) if args.draft else None
+    path = DEMO / "draft" if args.demo else locate(args.draft, args.draft_revision) if args.draft else None
     tokenizer, vocab = (Tokenizer.from_dir(path).digest(), read_config(path).vocab) if path else (b"", 0)
     found = {server: examine(server, tokenizer, vocab, args.key) for server in args.server}
     if args.json:
