@@ -223,7 +223,7 @@ def _text_arguments(g: argparse.ArgumentParser) -> None:
     g.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="make tokens of prompt and output less likely (default: off)")
     g.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="subtracted from logits of tokens in the output (default: off)")
     g.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same for every time they occur (default: off)")
-    g.add_argument("--min-tokens", type=int, default=0, metavar="N", help="stop ids cannot end the text before (default: %(default)s)")
+    g.add_argument("--min-tokens", type=int, default=0, metavar="N", help="no stop id or string can end the text before (default: %(default)s)")
     g.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a string that ends the text; may be given several times")
     g.add_argument("--ignore-eos", action=SWITCH, default=False, help="do not stop at the model's end of text")
     g.add_argument("--seed", type=int, metavar="S", help="repeats a sampled text (default: a random one, which is reported)")

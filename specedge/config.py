@@ -77,7 +77,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # of output
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (id, added to its logit); a mapping is taken too
-    min_tokens: int = 0  # stop ids cannot win before
+    min_tokens: int = 0  # 0 .. max_tokens; token min_tokens + 1 is the first that may be a stop id, or complete a stop string
     stop: tuple[str, ...] = ()  # strings that end the text and are not part of it
     logprobs: int | None = None  # report those of every token and of the so many likeliest, -1: of all (request.Logprobs); None: none
     n: int = 1  # completions of every prompt

@@ -69,8 +69,7 @@ class SpeculativeEngine(TextEngine):
         if self.drafter.closed:
             raise UseError("the drafter of this engine is closed: load it again")
         params = params.with_seed()
-        assert params.seed is not None
-        output = Output(self.tokenizer, len(tokens), params.seed, params.stop)
+        output = Output(self.tokenizer, len(tokens), params)
         sequence = self.engine.open(tokens, params)
         session = self.drafter.open(sequence.tokens, sequence.params, sequence.limit, sequence.stop, self.engine.vocab)
         if session is None:

@@ -170,11 +170,10 @@ class Edge:
             raise ServerError("the prompt holds something that is no token id")
         if self._closing:
             raise self._failure or ServerError("this edge is closed")
-        assert params.seed is not None
         w = self.welcome
         stop = sorted({*params.stop_ids, *(() if params.ignore_eos else w.eos_ids)})
         rounds = Rounds(list(prompt), len(prompt), params, stop, w.vocab, w.limits.max_nodes, time.monotonic(), batch)
-        text = Text(rounds, Output(self.tokenizer, len(prompt), params.seed, params.stop))
+        text = Text(rounds, Output(self.tokenizer, len(prompt), params))
         self._tell(text, True)
         return text
 
