@@ -60,23 +60,24 @@ def stream_ceiling(stream: torch.Tensor, seconds: float = 2.0) -> float:
     return stream.numel() * stream.itemsize / median_ms(stream.sum, seconds, 1) / 1e6
 
 
-def gemm_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+def gemm_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 1.0, side: int = 4096) -> float:
     """The best product of 512 to 2048 rows with a square matrix, in GFLOP/s, ours or torch's: a floor must not follow from our own slowness."""
     best = 0.0
-    weight = torch.randn(4096, 4096).to(device, dtype)
+    weight = torch.randn(side, side).to(device, dtype)
     layer = Linear(weight)
     for rows in (512, 1024, 2048):
-        x = torch.randn(rows, 4096).to(device, dtype)
+        x = torch.randn(rows, side).to(device, dtype)
         for product in (layer, partial(F.linear, weight=weight)):
             best = max(best, 2 * rows * weight.numel() / median_ms(partial(product, x), seconds / 2, 1) / 1e6)
     return best
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
+def ceilings(device: torch.device, seconds: float = 2.0, floats: int = 500_000_000, side: int = 4096) -> dict[str, float]:
     """What this machine can do now: streaming in GB/s, products in bfloat16 and float32 in GFLOP/s."""
-    stream = torch.ones(500_000_000, device=device)
+    stream = torch.ones(floats, device=device)
     rates = {"gemm_gflop_per_s": torch.bfloat16, "float32_gflop_per_s": torch.float32}
-    return {"stream_gb_per_s": stream_ceiling(stream), **{name: gemm_ceiling(device, dtype) for name, dtype in rates.items()}}
+    products = {name: gemm_ceiling(device, dtype, seconds / 2, side) for name, dtype in rates.items()}
+    return {"stream_gb_per_s": stream_ceiling(stream, seconds), **products}
 
 
 def random_runner(c: ModelConfig, sizes: EngineConfig, device: torch.device, dtype: torch.dtype, bits: int | None = None) -> Runner:
