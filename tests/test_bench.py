@@ -3,9 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+import torch
+
+from bench.common import SHAPES, random_runner
+from bench.peers import Transformers
 from specedge import kernels
+from specedge.config import EngineConfig
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "bench.step", "--shape", "tiny", "--quick", "--device", "cpu", "--seconds", "0", "--rounds", "1"]
@@ -34,3 +41,16 @@ def test_kernels_times_every_op() -> None:
             "qkv", "out", "gate_up", "gated", "down", "head", "logits",
         }  # fmt: skip
     assert {"attention tree 32 @ 1024", "attention tree 32 @ 4096"} <= set(names)
+
+
+@pytest.mark.parametrize("name", ["0.5b", "1.5b", "qwen3-0.6b", "qwen3-14b"])
+def test_both_sides_have_the_same_biases(name: str) -> None:
+    """A layer that one side does not compute would be its advantage. Of one layer, small, in the form of the shape."""
+    c = replace(SHAPES[name], layers=1, hidden=64, ffn=64, vocab=64, max_positions=64, heads=4, kv_heads=2, head_dim=16)
+    ours = random_runner(c, EngineConfig(kv_tokens=64, max_rows=2), torch.device("cpu"), torch.float32).model.weights.layers[0]
+    theirs = Transformers(c, torch.device("cpu"), torch.float32).model.model.layers[0]
+    a, mlp = theirs.self_attn, theirs.mlp
+    pairs = [((a.q_proj, a.k_proj, a.v_proj), ours.qkv), ((a.o_proj,), ours.out), ((mlp.gate_proj,), ours.gate_up), ((mlp.down_proj,), ours.down)]
+    for linears, mine in pairs:
+        assert [x.bias is not None for x in linears] == [mine.bias is not None] * len(linears)
+    assert ours.qkv.bias is None or bool(ours.qkv.bias.any())
