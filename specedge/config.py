@@ -63,24 +63,25 @@ def _tuple(name: str, value: object, want: str) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How a text is drawn. `seed` None: drawn at random once, and reported (`with_seed`). Out of range is a ValueError that names the field."""
+    """How a text is drawn. A value that is out of range, or of another type, is a ValueError that names the field; lists are taken for tuples, and a
+    mapping for `logit_bias`. `logprobs` is the number that vLLM calls so, and OpenAI's chat interface top_logprobs."""
 
-    temperature: float = 0.0
-    max_tokens: int = 128
-    seed: int | None = None
-    stop_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    top_k: int = 0  # 0 or -1: off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0  # of prompt and output
-    presence_penalty: float = 0.0  # of output
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (id, added to its logit); a mapping is taken too
+    temperature: float = 0.0  # 0 .. 2; below 1e-5 the likeliest token is taken
+    max_tokens: int = 128  # 1 .. 2^31-1
+    seed: int | None = None  # 0 .. 2^64-1; None: drawn at random once, and reported (`with_seed`)
+    stop_ids: tuple[int, ...] = ()  # <= 64, beside those of the model; the id that ends the text is its last, and not shown
+    ignore_eos: bool = False  # the model's own ids end nothing
+    top_k: int = 0  # 1 .. 2^31-1; 0 or -1: off
+    top_p: float = 1.0  # above 0 .. 1; 1: off
+    min_p: float = 0.0  # 0 .. 1; 0: off
+    repetition_penalty: float = 1.0  # 0.01 .. 10, of prompt and output; 1: off
+    presence_penalty: float = 0.0  # -2 .. 2, of output
+    frequency_penalty: float = 0.0  # -2 .. 2, of output
+    logit_bias: tuple[tuple[int, float], ...] = ()  # <= 1024 of (id, -100 .. 100, added to its logit), an id once
     min_tokens: int = 0  # 0 .. max_tokens; token min_tokens + 1 is the first that may be a stop id, or complete a stop string
-    stop: tuple[str, ...] = ()  # strings that end the text and are not part of it
-    logprobs: int | None = None  # report those of every token and of the so many likeliest, -1: of all (request.Logprobs); None: none
-    n: int = 1  # completions of every prompt
+    stop: tuple[str, ...] = ()  # <= 16 strings that end the text and are not part of it; one string is taken too
+    logprobs: int | None = None  # 0 .. 2^31-1: report those of every token and of the so many likeliest (request.Logprobs); -1: of all; None: none
+    n: int = 1  # 1 .. 128 completions of every prompt; 1 at temperature 0
 
     def __post_init__(self) -> None:
         _require(_number(self.temperature, 0, 2), "temperature", self.temperature, "between 0 and 2")
@@ -208,14 +209,15 @@ class ModelConfig:
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Sizes of an engine. `kv_tokens`: tokens whose K/V fit its pages, None: 16,384, or on a GPU what `gpu_share` of its memory leaves beside
-    weights and passes; `max_rows`: rows of one step. `admission`: of every tree verify the nodes that are worth their rows, else all of them."""
+    weights and passes; `max_rows`: rows of one step. `admission`: of every tree verify the nodes that are worth their rows, else all of them. What
+    is out of range, or of another type, is a ValueError that names the field."""
 
-    kv_tokens: int | None = None
-    page_size: int = 64
-    max_rows: int = 512
-    max_sequences: int = 256
+    kv_tokens: int | None = None  # at least a page
+    page_size: int = 64  # 16, 32, 64 or 128 tokens
+    max_rows: int = 512  # 2 .. 65,536
+    max_sequences: int = 256  # 1 .. 65,536
     admission: bool = True
-    gpu_share: float = 0.9
+    gpu_share: float = 0.9  # above 0 .. 1
 
     def __post_init__(self) -> None:
         _require(_int(self.page_size, 16, 128) and self.page_size in (16, 32, 64, 128), "page_size", self.page_size, "16, 32, 64 or 128")
@@ -239,16 +241,17 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class DraftConfig:
-    """How trees are grown: at most `tree_size` nodes of a submitted tree and `width` rows of a draft forward, `branch` children kept of a row."""
+    """How trees are grown: at most `tree_size` nodes of a submitted tree and `width` rows of a draft forward, `branch` children kept of a row. What
+    is out of range, or of another type, is a ValueError that names the field."""
 
-    tree_size: int = 31
-    width: int = 32
-    branch: int = 8
-    depth: int | None = None  # draft forwards before a tree of exactly `tree_size` nodes is submitted; None: both as measured times and odds say
-    tau: float = 1.0  # how far the draft's probabilities are trusted beside the shared noise
+    tree_size: int = 31  # 0 .. 255; 0: nothing is drafted
+    width: int = 32  # 1 .. 255
+    branch: int = 8  # 1 .. 255
+    depth: int | None = None  # 1 .. 255 draft forwards before a tree of exactly `tree_size` nodes is submitted; None: both as times and odds say
+    tau: float = 1.0  # above 0; how far the draft's probabilities are trusted beside the shared noise
     proactive: bool = True  # keep growing while the verdict is in flight
     autopilot: bool = True  # an edge leaves the text to the server while drafts do not pay; not with a `depth`
-    max_sessions: int = 8
+    max_sessions: int = 8  # 1 .. 256 texts at a time
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(KV_TOKENS, max_rows=256))
 
     def __post_init__(self) -> None:
@@ -259,4 +262,5 @@ class DraftConfig:
             _require_int("depth", self.depth, 1, MAX_NODES)
         _require(_number(self.tau, 0, math.inf) and 0 < self.tau < math.inf, "tau", self.tau, "positive and finite")
         _require_bools(self, "proactive", "autopilot")
+        _require(isinstance(self.engine, EngineConfig), "engine", self.engine, "an EngineConfig")
         _require_int("max_sessions", self.max_sessions, 1, 256)

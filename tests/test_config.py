@@ -4,7 +4,9 @@ TABLE must name every field, so that a new one cannot come without its bounds.
 """
 
 import dataclasses
+import inspect
 import math
+import re
 from typing import Any
 
 import pytest
@@ -76,7 +78,7 @@ TABLE: dict[tuple[type, str], tuple[list[Any], list[Any]]] = {
     (DraftConfig, "proactive"): ([True, False], ["no", None, 0]),
     (DraftConfig, "autopilot"): ([True, False], ["no", None, 0]),
     (DraftConfig, "max_sessions"): ([1, 256], [0, -1, 257, 1.5, NAN, True]),
-    (DraftConfig, "engine"): ([EngineConfig()], []),
+    (DraftConfig, "engine"): ([EngineConfig()], [None, 512]),
 }
 GOOD = [(kind, name, value) for (kind, name), (good, _) in TABLE.items() for value in good]
 BAD = [(kind, name, value) for (kind, name), (_, bad) in TABLE.items() for value in bad]
@@ -115,6 +117,47 @@ def test_what_is_kept_can_be_hashed() -> None:
 @pytest.mark.parametrize("kind", BASE, ids=label)
 def test_the_table_names_every_field(kind: type) -> None:
     assert {f.name for f in dataclasses.fields(kind)} == {name for k, name in TABLE if k is kind}
+
+
+RANGE = re.compile(r"^    (\w+): (\w+).*?# (above )?(-?[\d.,^-]+) \.\. ([\d.,^-]+|max_tokens)(?![\d^])", re.MULTILINE)  # field, type, what is said
+COUNT = re.compile(r"^    (\w+): .*?# <= (\d+)", re.MULTILINE)
+
+
+def number(text: str) -> float:
+    """12, 0.01, 65,536 or 2^31-1."""
+    if text == "max_tokens":
+        return SamplingParams().max_tokens
+    base, _, rest = text.replace(",", "").partition("^")
+    power, _, less = rest.partition("-")
+    return int(base) ** int(power) - int(less) if rest else float(base)
+
+
+@pytest.mark.parametrize(("kind", "fields"), [(SamplingParams, 12), (EngineConfig, 3), (DraftConfig, 5)], ids=label)
+def test_what_is_said_beside_a_field_is_so(kind: type, fields: int) -> None:
+    """The ranges in the comments are those that are checked."""
+    found = RANGE.findall(inspect.getsource(kind))
+    assert len(found) == fields, "none is overlooked"
+    for name, of, above, low, high in found:
+        first, last = number(low), number(high)
+        for value in (first, last) if not above else (last,):
+            make(kind, name, int(value) if of == "int" else value)
+        for value in (first - 3 if of == "int" else first if above else first - 0.001, last + 1 if of == "int" else last + 0.001):
+            with pytest.raises(ValueError, match=f"^{name} is"):  # -3: in some fields 0 or -1 means off
+                make(kind, name, int(value) if of == "int" else value)
+
+
+def test_what_is_said_of_numbers_and_names_is_so() -> None:
+    many = {
+        "stop_ids": lambda n: tuple(range(n)), "stop": lambda n: ("a",) * n, "logit_bias": lambda n: tuple((i, 0.0) for i in range(n)),
+    }  # fmt: skip
+    found = COUNT.findall(inspect.getsource(SamplingParams))
+    assert {name for name, _ in found} == set(many)
+    for name, most in found:
+        make(SamplingParams, name, many[name](int(most)))
+        with pytest.raises(ValueError, match=f"^{name} is"):
+            make(SamplingParams, name, many[name](int(most) + 1))
+    assert "top_logprobs" in (SamplingParams.__doc__ or "")
+    assert all("ValueError" in (kind.__doc__ or "") for kind in (SamplingParams, EngineConfig, DraftConfig))
 
 
 @pytest.mark.parametrize("kind", BASE, ids=label)
