@@ -22,12 +22,9 @@ COPY = 2**31  # values of two bytes: 4.3 GB
 
 
 def captured(c: ModelConfig, dtype: torch.dtype, rows: int) -> list[Case]:
-    """The ops that only captured steps use, as a CPU decides on the host: edits of 256 tokens a row, noise of as many positions as rows, and
-    acceptance of a whole chain with the commit of its K/V in all layers."""
-    logits, table, ids = torch.randn(rows, c.vocab), torch.empty(rows, c.vocab), torch.arange(rows, dtype=torch.int32)
-    edits = torch.stack((torch.arange(256), torch.ones(256), torch.zeros(256)), 1).int()
-    texts, penalties = torch.tensor([[0, 256, 0, 0]] * rows, dtype=torch.int32), torch.full((rows, 3), 1.1)
-    bias, none = torch.zeros(256), torch.zeros(1, dtype=torch.int32)
+    """The ops that only captured steps use, as a CPU decides on the host: noise of as many positions as rows, and acceptance of a whole chain with
+    the commit of its K/V in all layers."""
+    table, ids, none = torch.empty(rows, c.vocab), torch.arange(rows, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     fills = torch.stack((torch.ones(rows), ids, ids), 1).long()
     buffer = torch.zeros(c.layers, 2, rows, c.kv_heads, c.head_dim).to(dtype)
     pages = torch.zeros(c.layers, 2, 8, c.kv_heads, 64, c.head_dim).to(dtype)
@@ -36,7 +33,6 @@ def captured(c: ModelConfig, dtype: torch.dtype, rows: int) -> list[Case]:
     anc = torch.tensor(np.frombuffer(chain, "<i8").reshape(rows, -1).copy())
     verify = torch.tensor([[0, 1, rows + 1, 0, 0]], dtype=torch.int32)
     return [
-        (f"adjust x {rows}", 8 * rows * 256, 0, "float32", lambda: kernels.adjust(logits, texts, penalties, edits, bias, none)),
         (f"fill_noise x {rows}", 4 * table.numel(), 0, "float32", lambda: kernels.fill_noise(table, fills)),
         (f"accept x {rows}", 2 * buffer.numel() * dtype.itemsize, 0, "float32",
          lambda: kernels.accept(buffer, pages, segments, pages_of, ids.long(), anc, ids.long() + 1, verify, none)),

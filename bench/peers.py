@@ -156,6 +156,7 @@ def write_gguf(path: Path, c: ModelConfig, kind: Any) -> None:
         "ffn_gate": matrix(c.ffn, c.hidden), "ffn_up": matrix(c.ffn, c.hidden), "ffn_down": matrix(c.hidden, c.ffn),
     }  # fmt: skip
     ones = np.ones(c.hidden, np.float32)
+    biases = {"attn_q": q, "attn_k": kv, "attn_v": kv} if c.qkv_bias else {}
     writer.add_tensor("token_embd.weight", matrix(c.vocab, c.hidden), raw_dtype=kind)
     writer.add_tensor("output_norm.weight", ones)
     for i in range(c.layers):
@@ -163,6 +164,8 @@ def write_gguf(path: Path, c: ModelConfig, kind: Any) -> None:
             writer.add_tensor(f"blk.{i}.{name}.weight", ones)
         for name, weight in layer.items():
             writer.add_tensor(f"blk.{i}.{name}.weight", weight, raw_dtype=kind)
+        for name, size in biases.items():
+            writer.add_tensor(f"blk.{i}.{name}.bias", np.full(size, size**-0.5, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

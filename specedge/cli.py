@@ -204,6 +204,7 @@ def edge() -> NoReturn:
     d = commands.add_parser("doctor", help="say what stands between here and a server", description="Examine servers: one sentence a check.")
     _server_arguments(d)
     d.add_argument("--draft", metavar="MODEL", help="directory or hub id of the draft model that must match the server")
+    d.add_argument("--draft-revision", metavar="REV", help="branch, tag or commit of the draft, if that is a hub id")
     d.add_argument("--demo", action=SWITCH, default=False, help="use the small draft that comes with specedge")
     d.add_argument("--json", action=SWITCH, default=False, help="print one JSON object instead of sentences")
     settings.add_arguments(d, "edge")
@@ -220,6 +221,7 @@ def _text_arguments(g: argparse.ArgumentParser) -> None:
     drafting = g.add_mutually_exclusive_group()
     drafting.add_argument("--draft", metavar="MODEL", help="directory or hub id of the draft model; it must share the server's tokenizer")
     drafting.add_argument("--no-draft", dest="draft", action="store_const", const="", help="draft nothing: the server decodes alone and streams")
+    g.add_argument("--draft-revision", metavar="REV", help="branch, tag or commit of the draft, if that is a hub id")
     g.add_argument("--demo", action=SWITCH, default=False, help="use the small draft that comes with specedge")
     g.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory of tokenizer.json and chat template (default: the draft's)")
     g.add_argument("--system", metavar="TEXT", help="in a chat: a first message that says how to answer")
@@ -231,7 +233,7 @@ def _text_arguments(g: argparse.ArgumentParser) -> None:
     g.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="make tokens of prompt and output less likely (default: off)")
     g.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="subtracted from logits of tokens in the output (default: off)")
     g.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same for every time they occur (default: off)")
-    g.add_argument("--min-tokens", type=int, default=0, metavar="N", help="stop ids cannot end the text before (default: %(default)s)")
+    g.add_argument("--min-tokens", type=int, default=0, metavar="N", help="no stop id or string can end the text before (default: %(default)s)")
     g.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a string that ends the text; may be given several times")
     g.add_argument("--ignore-eos", action=SWITCH, default=False, help="do not stop at the model's end of text")
     g.add_argument("--seed", type=int, metavar="S", help="repeats a sampled text (default: a random one, which is reported)")
@@ -281,7 +283,10 @@ def _open_edge(args: argparse.Namespace) -> "Edge":
         raise SpecedgeError("without a draft the tokenizer must be named: --tokenizer DIR")
     config = DraftConfig(tree_size=args.tree_size, depth=args.depth, proactive=args.proactive, autopilot=args.autopilot, max_sessions=1)
     progress = sys.stderr.isatty()
-    return Edge(args.server, draft, tokenizer=tokenizer, key=args.key, config=config, device=args.device, dtype=args.dtype, progress=progress)
+    return Edge(
+        args.server, draft, tokenizer=tokenizer, key=args.key, config=config, device=args.device, dtype=args.dtype,
+        draft_revision=args.draft_revision, progress=progress,
+    )  # fmt: skip
 
 
 def _sampling(args: argparse.Namespace) -> SamplingParams:
@@ -369,7 +374,7 @@ def _doctor(args: argparse.Namespace) -> int:
     _settle_demo(args, "draft")
     if args.demo and args.draft:
         raise SpecedgeError("name one draft: --draft MODEL or --demo")
-    path = DEMO / "draft" if args.demo else locate(args.draft) if args.draft else None
+    path = DEMO / "draft" if args.demo else locate(args.draft, args.draft_revision) if args.draft else None
     tokenizer, vocab = (Tokenizer.from_dir(path).digest(), read_config(path).vocab) if path else (b"", 0)
     found = examine_all(args.server, tokenizer, vocab, args.key)
     if args.json:

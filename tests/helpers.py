@@ -83,13 +83,20 @@ def drafter(path: Path, config: DraftConfig | None = None) -> Drafter:
 
 
 def pairwise(*values: Sequence[object]) -> list[tuple[object, ...]]:
-    """Few cells of the product such that every pair of values of two factors occurs, chosen greedily and always alike."""
-    cells = list(itertools.product(*values))
-    missing = set().union(*map(pairs, cells))
+    """Few cells of the product such that every pair of values of two factors occurs, and always the same ones: each begins with a pair that is
+    missing, and takes from the other factors, in turn, the value that makes the most missing pairs with what it has."""
+    missing = {(i, j, a, b): None for i, j in itertools.combinations(range(len(values)), 2) for a in values[i] for b in values[j]}  # an ordered set
     chosen = []
     while missing:
-        chosen.append(max(cells, key=lambda c: len(pairs(c) & missing)))
-        missing -= pairs(chosen[-1])
+        i, j, a, b = next(iter(missing))
+        cell = {i: a, j: b}
+        for f in range(len(values)):
+            if f not in cell:
+                made = {v: [(f, g, v, w) if f < g else (g, f, w, v) for g, w in cell.items()] for v in values[f]}
+                cell[f] = max(values[f], key=lambda v: sum(pair in missing for pair in made[v]))  # noqa: B023
+        chosen.append(tuple(cell[f] for f in range(len(values))))
+        for pair in pairs(chosen[-1]):
+            missing.pop(pair, None)
     return chosen
 
 

@@ -4,6 +4,7 @@ import ast
 import inspect
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType
@@ -24,6 +25,14 @@ FORBIDDEN_CALLS = {
 }  # fmt: skip
 FORBIDDEN_METHODS = {"send_pyobj", "recv_pyobj"}  # pyzmq's way to pickle
 FORBIDDEN_KEYWORDS = {"shell", "allow_pickle"}
+
+CONTAINERS = {
+    "list", "dict", "set", "bytearray", "deque", "defaultdict", "OrderedDict", "Counter", "WeakKeyDictionary", "WeakValueDictionary", "count",
+}  # fmt: skip
+CHANGES = {
+    "append", "appendleft", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "popleft", "remove", "discard", "clear", "sort",
+    "reverse",
+}  # fmt: skip
 
 FILES = sorted((ROOT / "specedge").rglob("*.py"))
 SOURCES = [*FILES, *sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".h", ".hpp", ".cu", ".cuh"})]
@@ -89,6 +98,36 @@ def dangers(source: str) -> list[str]:
     return found
 
 
+def global_state(source: str) -> list[str]:
+    """Names of a module that its functions change: by a `global` statement, or as a container made at the top that a function assigns to, deletes
+    from, or calls a changing method of (`next`, of a count). What a function does to an argument is not followed; @cache, which only remembers, and
+    what belongs to other modules are not looked at."""
+    tree, made = ast.parse(source), set[str]()
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            value, targets = node.value, node.targets if isinstance(node, ast.Assign) else [node.target]
+            mutable = isinstance(value, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp)
+            if isinstance(value, ast.Call):
+                kind = value.func.value if isinstance(value.func, ast.Subscript) else value.func  # list[int]() is a list
+                mutable = dotted(kind).split(".")[-1] in CONTAINERS
+            made |= {t.id for t in targets if mutable and isinstance(t, ast.Name)}
+    functions = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)]
+    found = set[str]()
+    for function in functions:
+        for node in ast.walk(function):
+            names = list[str]()
+            if isinstance(node, ast.Global):
+                found |= set(node.names)
+            elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+                names = [dotted(node.value)]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
+                names = [dotted(node.func.value)]
+            elif isinstance(node, ast.Call) and dotted(node.func) == "next":
+                names = [dotted(a) for a in node.args[:1]]
+            found |= made.intersection(names)
+    return sorted(found)
+
+
 def opens_with_docstring(source: str) -> bool:
     return not source.strip() or bool((ast.get_docstring(ast.parse(source)) or "").strip())
 
@@ -125,6 +164,16 @@ def test_nothing_imports_what_lies_outside(path: Path) -> None:
 @each_file
 def test_nothing_runs_bytes_as_code(path: Path) -> None:
     assert dangers(path.read_text()) == []
+
+
+@each_file
+def test_there_is_no_global_state(path: Path) -> None:
+    assert global_state(path.read_text()) == []
+
+
+def test_types_are_packaged() -> None:
+    assert (ROOT / "specedge" / "py.typed").is_file()
+    assert "py.typed" in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["specedge"]
 
 
 @each_file
@@ -208,6 +257,29 @@ def test_the_reader_of_dangers_sees(source: str) -> None:
 )
 def test_the_reader_of_dangers_passes(source: str) -> None:
     assert dangers(source) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "seen"),
+    [
+        ("x = 0\ndef f():\n    global x\n    x = 1", ["x"]),
+        ("X = []\ndef f():\n    X.append(1)", ["X"]),
+        ("X: dict[int, int] = {}\ndef f():\n    X[1] = 2", ["X"]),
+        ("X = {}\nclass A:\n    def f(self):\n        X[1] += 2", ["X"]),
+        ("X = {1: 2}\ndef f():\n    del X[1]", ["X"]),
+        ("import collections\nX = collections.defaultdict(list)\nasync def f():\n    X.pop(1)", ["X"]),
+        ("X = list[int]()\nf = lambda: X.clear()", ["X"]),
+        ("X = [i for i in y]\ndef f():\n    def g():\n        X.sort()", ["X"]),
+        ("import itertools\nX = itertools.count()\ndef f():\n    return next(X)", ["X"]),
+        ("X = []\nfor i in y:\n    X.append(i)", []),  # it is complete when the module is
+        ("X = {1: 2}\ndef f():\n    return X[1], X.get(2), sorted(X)", []),
+        ("def f():\n    x = []\n    x.append(1)\n    return x", []),
+        ("class A:\n    def f(self):\n        self.X = []\n        self.X.append(1)", []),
+        ("X = (1, 2)\nY = frozenset({1})\ndef f():\n    return X", []),
+    ],
+)
+def test_the_reader_of_global_state(source: str, seen: list[str]) -> None:
+    assert global_state(source) == seen
 
 
 def test_the_reader_of_docstrings() -> None:

@@ -123,7 +123,7 @@ class Drafter:
         cls, path: str | Path, config: DraftConfig | None = None, *, device: str | None = None, dtype: str | None = None,
         revision: str | None = None, progress: bool = False,
     ) -> "Drafter":  # fmt: skip
-        """Load a draft model from a Hugging Face directory or a hub id; errors as in Engine.from_pretrained."""
+        """Load a draft model from a Hugging Face directory or a hub id at a `revision`; errors as in Engine.from_pretrained."""
         config, path = config or DraftConfig(), locate(path, revision)
         rows = config.max_sessions * MAX_ROWS_PER_TREE
         runner = Runner.load(path, config.engine, rows, device, dtype, progress)
@@ -486,3 +486,10 @@ def _path(node: Node) -> list[int]:
         tokens.append(node.token)
         node = node.parent
     return tokens[::-1]
+
+
+def check_given(draft: object, **given: object) -> None:
+    """ValueError for what would not be heeded beside a Drafter that is loaded already."""
+    for name, value in given.items():
+        if isinstance(draft, Drafter) and value is not None:
+            raise ValueError(f"{name} is given, but the Drafter has its own already: leave one of them out")

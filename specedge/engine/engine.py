@@ -285,8 +285,7 @@ class Engine(TextEngine):
     def begin(self, tokens: list[int], params: SamplingParams) -> Text:
         """Begin one text, which the engine decodes alone. Raises RequestError if it can never be served."""
         params = params.with_seed()
-        assert params.seed is not None
-        output = Output(self.tokenizer, len(tokens), params.seed, params.stop)
+        output = Output(self.tokenizer, len(tokens), params)
         sequence = self.open(tokens, params)
         self.run_until(sequence, sequence.limit)
         text = self._texts[sequence] = Text(sequence, output)

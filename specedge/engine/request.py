@@ -186,16 +186,18 @@ def walk(tree: TokenTree, sampled: list[int], stop: frozenset[int], room: int) -
 
 
 class Output:
-    """Gathers the tokens of one text as they are committed and turns them into chunks."""
+    """Gathers the tokens of one text, whose parameters have a seed, as they are committed and turns them into chunks."""
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt_tokens: int, seed: int, stop: tuple[str, ...] = ()) -> None:
-        if stop and tokenizer is None:
+    def __init__(self, tokenizer: Tokenizer | None, prompt_tokens: int, params: SamplingParams) -> None:
+        assert params.seed is not None
+        if params.stop and tokenizer is None:
             raise ValueError("stop is a list of strings, which needs a tokenizer: name one, or use stop_ids")
         self._detokenizer = Detokenizer(tokenizer) if tokenizer else None
-        self._stop = stop
+        self._stop, self._min_tokens = params.stop, params.min_tokens
         self._text = ""
+        self._least = 0  # characters of the first min_tokens tokens: a stop string must end behind them
         self._shown = 0  # characters given out; the rest may be the beginning of a stop string
-        self._prompt_tokens, self._seed = prompt_tokens, seed
+        self._prompt_tokens, self._seed = prompt_tokens, params.seed
         self.token_ids: list[int] = []
         self._logprobs: list[Logprobs] | None = None
         self.speculation = Speculation()
@@ -203,8 +205,8 @@ class Output:
 
     def add(self, tokens: Iterable[int], finish: str, logprobs: Iterable[Logprobs] | None = None) -> Chunk:
         """The next tokens, perhaps with their log-probabilities; with `finish` they are the last ones, and the closing id of a stop is not shown. A
-        stop string ends the text as well, at the token that completes it: what comes behind is dropped, so that the result does not depend on how
-        tokens were grouped."""
+        stop string ends the text as well, at the token behind the first min_tokens that completes it: what comes after is dropped, so that the
+        result does not depend on how tokens were grouped."""
         ids, before = list(tokens), len(self.token_ids)
         for group in [[i] for i in ids] if self._stop else [ids]:
             last = bool(finish) and len(self.token_ids) + len(group) == before + len(ids)
@@ -212,7 +214,9 @@ class Output:
             if self._detokenizer:
                 self._text += self._detokenizer.add(group[:-1] if last and finish == "stop" else group)
                 self._text += self._detokenizer.finish() if last else ""
-            found = [at for s in self._stop if (at := self._text.find(s, max(0, self._shown - len(s)))) >= 0]
+            if len(self.token_ids) <= self._min_tokens:
+                self._least = len(self._text)
+            found = [at for s in self._stop if (at := self._text.find(s, max(0, self._shown - len(s), self._least - len(s) + 1))) >= 0]
             if found:
                 self._text, finish = self._text[: min(found)], "stop"
                 break

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from specedge.config import DraftConfig, EngineConfig, SamplingParams, SpecedgeError
-from specedge.engine.drafter import Drafter, Session
+from specedge.engine.drafter import Drafter, Session, check_given
 from specedge.engine.engine import Engine
 from specedge.engine.pace import Served
 from specedge.engine.request import Output, Sequence, Verdict
@@ -29,7 +29,8 @@ class DraftedText(Text):
 
 
 class SpeculativeEngine(TextEngine):
-    """`target` and `draft` are model directories, or an Engine and a Drafter that are loaded already, one of these for each SpeculativeEngine.
+    """`target` and `draft` are model directories or hub ids, at a `revision` and a `draft_revision`, or an Engine and a Drafter that are loaded
+    already, one of these for each SpeculativeEngine.
 
     Raises HubError, ModelError, TokenizerError or DeviceError, each one sentence, and PairError for a draft that does not fit. Close it, or use it as
     a context manager: that closes what it has loaded itself; what was given stays open.
@@ -37,16 +38,18 @@ class SpeculativeEngine(TextEngine):
 
     def __init__(
         self, target: str | Path | Engine, draft: str | Path | Drafter, config: DraftConfig | None = None, *,
-        device: str | None = None, dtype: str | None = None, sizes: EngineConfig | None = None, progress: bool = False,
+        device: str | None = None, dtype: str | None = None, sizes: EngineConfig | None = None, revision: str | None = None,
+        draft_revision: str | None = None, progress: bool = False,
     ) -> None:  # fmt: skip
+        if isinstance(target, Engine) and revision is not None:
+            raise ValueError("revision is given, but the Engine is loaded already: leave one of them out")
+        check_given(draft, config=config, draft_revision=draft_revision)
         self._loaded: list[Engine | Drafter] = []
         if not isinstance(target, Engine):
-            target = Engine.from_pretrained(target, device=device, dtype=dtype, sizes=sizes, progress=progress)
+            target = Engine.from_pretrained(target, device=device, dtype=dtype, sizes=sizes, revision=revision, progress=progress)
             self._loaded.append(target)
-        if isinstance(draft, Drafter) and config is not None:
-            raise ValueError("config is given, but the Drafter has its own already: leave one of them out")
         if not isinstance(draft, Drafter):
-            draft = Drafter.from_pretrained(draft, config, device=device, dtype=dtype, progress=progress)
+            draft = Drafter.from_pretrained(draft, config, device=device, dtype=dtype, revision=draft_revision, progress=progress)
             self._loaded.append(draft)
         self.engine, self.drafter, self.tokenizer = target, draft, target.tokenizer
         ours, theirs = target.tokenizer, draft.tokenizer
@@ -66,8 +69,7 @@ class SpeculativeEngine(TextEngine):
         if self.drafter.closed:
             raise UseError("the drafter of this engine is closed: load it again")
         params = params.with_seed()
-        assert params.seed is not None
-        output = Output(self.tokenizer, len(tokens), params.seed, params.stop)
+        output = Output(self.tokenizer, len(tokens), params)
         sequence = self.engine.open(tokens, params)
         session = self.drafter.open(sequence.tokens, sequence.params, sequence.limit, sequence.stop, self.engine.vocab)
         if session is None:

@@ -26,7 +26,7 @@ import zmq
 from specedge.config import DraftConfig, SamplingParams, SpecedgeError, is_batch
 from specedge.engine.autopilot import FIRST, SMALL, Autopilot
 from specedge.engine.cost import Law
-from specedge.engine.drafter import Drafter, Session
+from specedge.engine.drafter import Drafter, Session, check_given
 from specedge.engine.request import Chunk, Completion, Output
 from specedge.engine.texts import UseError
 from specedge.net import wire
@@ -63,7 +63,8 @@ class Text:
 
 
 class Edge:
-    """A link to `server`, or to one of several that serve the same model, and a draft model if one is given: a directory, or a loaded Drafter.
+    """A link to `server`, or to one of several that serve the same model, and a draft model if one is given: a directory, a hub id at a
+    `draft_revision`, or a loaded Drafter.
 
     `tokenizer`: a directory, or a Tokenizer; by default the draft's. Without either, prompts are lists of ids and texts are empty. `key`: a file
     that `specedge-edge keygen` made; servers whose address names their own key ask for it. Raises ServerError, AuthError, ModelError,
@@ -74,13 +75,14 @@ class Edge:
     def __init__(
         self, server: str | Sequence[str], draft: str | Path | Drafter | None = None, *, tokenizer: str | Path | Tokenizer | None = None,
         key: str | Path | None = None, config: DraftConfig | None = None, device: str | None = None, dtype: str | None = None,
-        progress: bool = False,
+        draft_revision: str | None = None, progress: bool = False,
     ) -> None:  # fmt: skip
-        if isinstance(draft, Drafter) and config is not None:
-            raise ValueError("config is given, but the Drafter has its own already: leave one of them out")
+        check_given(draft, config=config, draft_revision=draft_revision)
         self._loaded: Drafter | None = None
         if isinstance(draft, str | Path):
-            draft = self._loaded = Drafter.from_pretrained(draft, config, device=device, dtype=dtype, progress=progress)
+            draft = self._loaded = Drafter.from_pretrained(
+                draft, config, device=device, dtype=dtype, revision=draft_revision, progress=progress
+            )  # fmt: skip
         if isinstance(tokenizer, str | Path):
             tokenizer = Tokenizer.from_dir(Path(tokenizer))
         self._drafter = draft
@@ -168,11 +170,10 @@ class Edge:
             raise ServerError("the prompt holds something that is no token id")
         if self._closing:
             raise self._failure or ServerError("this edge is closed")
-        assert params.seed is not None
         w = self.welcome
         stop = sorted({*params.stop_ids, *(() if params.ignore_eos else w.eos_ids)})
         rounds = Rounds(list(prompt), len(prompt), params, stop, w.vocab, w.limits.max_nodes, time.monotonic(), batch)
-        text = Text(rounds, Output(self.tokenizer, len(prompt), params.seed, params.stop))
+        text = Text(rounds, Output(self.tokenizer, len(prompt), params))
         self._tell(text, True)
         return text
 

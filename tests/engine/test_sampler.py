@@ -1,6 +1,7 @@
 """Sampling: the whole chain against a slow float64 reading of its rules, the filters against their distributions, speculation against plain ids."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specedge import kernels
 from specedge.config import DraftConfig, EngineConfig, SamplingParams
 from specedge.engine.engine import Engine
 from specedge.engine.sampler import Ask, Sampler
@@ -22,8 +24,8 @@ from tests.helpers import byte_tokenizer, check_empty, drafter, engine, random_m
 VOCAB, LIMIT = 40, 37
 
 
-def slow(logits: np.ndarray, ask: Ask, path: tuple[int, ...]) -> tuple[int, float]:
-    """The token that the rules give in float64, and by how much it wins."""
+def survivors(logits: np.ndarray, ask: Ask, path: tuple[int, ...], limit: int) -> tuple[np.ndarray, list[int]]:
+    """What the rules make of `logits [V]` in float64, over the temperature unless that is 0, and the ids that survive the filters, best first."""
     p, z = ask.params, logits.astype(np.float64).copy()
     for token, value in p.logit_bias:
         z[token] += value
@@ -35,21 +37,26 @@ def slow(logits: np.ndarray, ask: Ask, path: tuple[int, ...]) -> tuple[int, floa
         z[token] = z[token] / p.repetition_penalty if z[token] > 0 else z[token] * p.repetition_penalty
     for token in set(output):
         z[token] -= p.frequency_penalty * output.count(token) + p.presence_penalty
-    z = z[:LIMIT]
+    z = z[:limit] / (1.0 if p.greedy else p.temperature)
+    ranked = sorted(range(limit), key=lambda v: (-z[v], v))
     if p.greedy:
-        ranked = sorted(range(LIMIT), key=lambda v: (-z[v], v))
-        return ranked[0], z[ranked[0]] - z[ranked[1]]
-    z /= p.temperature
-    ranked = sorted(range(LIMIT), key=lambda v: (-z[v], v))
+        return z, ranked
     if p.min_p > 0:
         ranked = [v for v in ranked if z[v] - z[ranked[0]] >= math.log(p.min_p)]
     if p.top_k > 0:
         ranked = ranked[: p.top_k]
     weights = np.exp(z[ranked] - z[ranked[0]])
-    ranked = [v for v, above in zip(ranked, np.cumsum(weights) - weights, strict=True) if above < p.top_p * weights.sum()]
-    noise = reference.gumbel(p.seed or 0, len(text), VOCAB).double().numpy()
-    scores = sorted(((z[v] + noise[v], v) for v in ranked), reverse=True)
-    return scores[0][1], scores[0][0] - scores[1][0] if len(scores) > 1 else math.inf
+    return z, [v for v, above in zip(ranked, np.cumsum(weights) - weights, strict=True) if above < p.top_p * weights.sum()]
+
+
+def slow(logits: np.ndarray, ask: Ask, path: tuple[int, ...]) -> tuple[int, float]:
+    """The token that the rules give in float64, and by how much it wins."""
+    p = ask.params
+    z, ranked = survivors(logits, ask, path, LIMIT)
+    if not p.greedy:
+        z = z + reference.gumbel(p.seed or 0, len(ask.tokens) + len(path), VOCAB).double().numpy()[:LIMIT]
+        ranked.sort(key=lambda v: -z[v])
+    return ranked[0], z[ranked[0]] - z[ranked[1]] if len(ranked) > 1 else math.inf
 
 
 PARAMS = st.builds(
@@ -81,39 +88,67 @@ def test_the_chain_follows_its_rules(several: list[SamplingParams], seed: int) -
             assert token == want or margin < 1e-4  # float32 may decide a near tie the other way
 
 
-@pytest.mark.parametrize(
+DRAWS, FEW = 100_000, 12  # draws of a distribution, and tokens that it is over
+TEXT = [1, 2, 2, 5]
+each_parameter = pytest.mark.parametrize(
     ("name", "value"), [("temperature", 1.6), ("top_k", 4), ("top_p", 0.7), ("min_p", 0.15), ("logit_bias", {3: 2.0}), ("repetition_penalty", 1.8),
                         ("presence_penalty", 1.0), ("frequency_penalty", -1.0)],
 )  # fmt: skip
-def test_draws_have_the_distribution_of_the_rules(name: str, value: object) -> None:
-    """Chi-square over 10^5 draws at as many positions; 5 sigma of its distribution as the bound."""
-    draws, vocab = 100_000, 12
+
+
+def logits_and_odds(name: str, value: object) -> tuple[SamplingParams, torch.Tensor, np.ndarray]:
+    """Parameters, logits `[FEW]`, and the odds `[FEW]` of every token by the slow reading of the rules."""
     params = SamplingParams(**{"temperature": 0.9, "max_tokens": 10**6, "seed": 5, name: value})  # type: ignore[arg-type]
-    z = torch.randn(vocab, generator=torch.Generator().manual_seed(3)) * 1.5
-    logits = z.double().numpy().copy()
-    for token, bias in params.logit_bias:
-        logits[token] += bias
-    text = [1, 2, 2, 5]
-    for token in set(text):
-        logits[token] = logits[token] / params.repetition_penalty if logits[token] > 0 else logits[token] * params.repetition_penalty
-    for token in {2, 5}:
-        logits[token] -= params.presence_penalty + params.frequency_penalty * [2, 2, 5].count(token)
-    logits /= params.temperature
-    p = np.exp(logits - logits.max())
-    kept = reference.truncate(
-        torch.tensor(logits)[None].float(), torch.ones(1), torch.tensor([params.min_p]).log(), torch.tensor([params.top_k], dtype=torch.int32),
-        torch.tensor([params.top_p], dtype=torch.float64), vocab,
-    )[0].isfinite().numpy()  # fmt: skip
-    p = p * kept / (p * kept).sum()
-    sampler, found = Sampler(vocab, vocab, torch.device("cpu")), np.zeros(vocab)
-    for at in range(0, draws, 1000):
-        asks = [Ask(replace(params, seed=at + i), text, 1, frozenset(), [()]) for i in range(1000)]
-        found += np.bincount(sampler(z.expand(1000, -1).clone(), asks), minlength=vocab)
-    assert (found[p == 0] == 0).all()
-    seen = p > 0
-    chi = ((found[seen] - draws * p[seen]) ** 2 / (draws * p[seen])).sum()
-    freedom = seen.sum() - 1
-    assert chi < freedom + 5 * math.sqrt(2 * freedom)
+    logits = torch.randn(FEW, generator=torch.Generator().manual_seed(3)) * 1.5
+    z, ranked = survivors(logits.numpy(), Ask(params, TEXT, 1, frozenset(), [()]), (), FEW)
+    p = np.zeros(FEW)
+    p[ranked] = np.exp(z[ranked] - z[ranked[0]])
+    return params, logits, p / p.sum()
+
+
+def fits(found: np.ndarray, p: np.ndarray) -> bool:
+    """Chi-square of counts under the odds `p`, with 5 sigma of its distribution as the bound; what has no odds must not be there."""
+    seen, draws = p > 0, found.sum()
+    chi, freedom = ((found[seen] - draws * p[seen]) ** 2 / (draws * p[seen])).sum(), seen.sum() - 1
+    return bool((found[~seen] == 0).all() and chi < freedom + 5 * math.sqrt(2 * freedom))
+
+
+@each_parameter
+def test_draws_have_the_distribution_of_the_rules(name: str, value: object) -> None:
+    """10^5 seeds, one position."""
+    params, logits, p = logits_and_odds(name, value)
+    sampler, found = Sampler(FEW, FEW, torch.device("cpu")), np.zeros(FEW)
+    for at in range(0, DRAWS, 1000):
+        asks = [Ask(replace(params, seed=at + i), TEXT, 1, frozenset(), [()]) for i in range(1000)]
+        found += np.bincount(sampler(logits.expand(1000, -1).clone(), asks), minlength=FEW)
+    assert fits(found, p)
+
+
+@pytest.fixture(scope="module")
+def noise() -> torch.Tensor:
+    """What one seed draws at 10^5 positions, `[DRAWS, FEW]`."""
+    table, at = torch.empty(DRAWS, FEW), torch.arange(DRAWS)
+    kernels.fill_noise(table, torch.stack((torch.full_like(at, 5), at, at), 1))
+    return table
+
+
+@each_parameter
+def test_so_have_the_positions_of_one_seed(name: str, value: object, noise: torch.Tensor) -> None:
+    """10^5 positions, one seed; and neighbours know nothing of each other. One text stands for all: of their lengths, they would
+    have 5 * 10^9 ids."""
+    params, logits, p = logits_and_odds(name, value)
+    sampler = Sampler(FEW, FEW, torch.device("cpu"))
+    draw = sampler.draw([Ask(params, TEXT, 1, frozenset(), [()])])
+    rows, every = sampler.process(logits[None].clone(), draw), torch.arange(DRAWS, dtype=torch.int32)
+    tokens = kernels.sample(rows.repeat(DRAWS, 1), noise, every, draw.inv_temperature.repeat(DRAWS), FEW).numpy()
+    assert fits(np.bincount(tokens, minlength=FEW), p)
+    assert fits(np.bincount(tokens[::2] * FEW + tokens[1::2], minlength=FEW * FEW), np.outer(p, p).ravel())
+
+
+@pytest.mark.parametrize("fault", [lambda at: at & 0xFF, lambda at: at >> 1, lambda at: at * 0], ids=["a byte", "halved", "ignored"])
+def test_the_test_of_positions_sees_faults(fault: Callable[[torch.Tensor], torch.Tensor], noise: torch.Tensor) -> None:
+    with pytest.raises(AssertionError):
+        test_so_have_the_positions_of_one_seed("temperature", 1.6, noise[fault(torch.arange(DRAWS))])
 
 
 EACH = {
