@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from specedge.config import ModelConfig, SpecedgeError, brief
-from specedge.engine.rope import FIELDS, OPTIONAL
+from specedge.engine.rope import FIELDS, OPTIONAL, context
 from specedge.kernels.linear import Linear
 
 Get = Callable[..., Tensor]  # get(name, *shape): the tensor of that name, which must have that shape
@@ -146,7 +146,8 @@ def read_config(path: Path) -> ModelConfig:
     generation = path / "generation_config.json"
     g = Fields(generation, read_json(generation)) if generation.exists() else f
     heads, hidden, layers = f.count("num_attention_heads"), f.count("hidden_size"), f.count("num_hidden_layers", high=MAX_LAYERS)
-    theta, kind, rope = _rope(f)
+    positions = f.count("max_position_embeddings")
+    theta, kind, rope = _rope(f, positions)
     try:
         return ModelConfig(
             hidden=hidden,
@@ -158,7 +159,7 @@ def read_config(path: Path) -> ModelConfig:
             vocab=f.count("vocab_size"),
             norm_eps=f.number("rms_norm_eps"),
             rope_theta=theta,
-            max_positions=f.count("max_position_embeddings"),
+            max_positions=context(kind, rope, positions),
             tied=f.flag("tie_word_embeddings"),
             eos_ids=(g if g.has("eos_token_id") else f).ids("eos_token_id"),
             qkv_bias=f.flag("attention_bias") or family == "Qwen2",
@@ -173,8 +174,8 @@ def read_config(path: Path) -> ModelConfig:
         raise ModelError(f"{file}: {brief(e)}") from None
 
 
-def _rope(f: Fields) -> tuple[float, str, dict[str, float]]:
-    """Base, type and further numbers of the rotary frequencies."""
+def _rope(f: Fields, positions: int) -> tuple[float, str, dict[str, float]]:
+    """Base, type and further numbers of the rotary frequencies; `positions`: max_position_embeddings."""
     where = "rope_parameters" if f.get("rope_parameters") else "rope_scaling"
     raw = f.get(where) or {}
     if not isinstance(raw, dict):
@@ -189,6 +190,8 @@ def _rope(f: Fields) -> tuple[float, str, dict[str, float]]:
     rope = {name: r.number(name) for name in FIELDS[kind]}
     rope |= {name: r.number(name) for name in OPTIONAL.get(kind, ()) if r.get(name) is not None}
     rope["truncate"] = r.flag("truncate", True)
+    if kind == "yarn":  # as in transformers: who does not say what was stretched means max_position_embeddings
+        rope.setdefault("original_max_position_embeddings", positions)
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ModelError(f"{f.file}: high_freq_factor must be above low_freq_factor")
     return theta, kind, rope

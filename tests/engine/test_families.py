@@ -7,28 +7,34 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from specedge.config import SamplingParams
+from specedge.engine import weights
+from specedge.engine.engine import RequestError
 from tests.engine.test_model import Text, assert_logits_equal
-from tests.helpers import runner
+from tests.helpers import engine, random_model, runner
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 105,
     "max_position_embeddings": 256, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
 }  # fmt: skip
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+    "rope_type": "llama3", "rope_theta": 5e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "rope_theta": 3e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 2e4, "factor": 2.0}
 CASES = {
     "llama2": ("llama", {}),
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
-    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama-linear": ("llama", {"rope_parameters": LINEAR}),
+    "llama-linear-long": ("llama", {"rope_parameters": LINEAR, "max_position_embeddings": 96}),
     "llama-dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
     "mistral-window": ("mistral", {"sliding_window": 20, "num_key_value_heads": 1}),
     "qwen2": ("qwen2", {"use_sliding_window": False}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 1}),
     "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen2-yarn-long": ("qwen2", {"rope_parameters": YARN, "max_position_embeddings": 64}),
     "qwen2-yarn-scaled": ("qwen2", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 16, "truncate": False}}),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3-window": ("qwen3", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 33, "max_window_layers": 2}),
@@ -63,6 +69,39 @@ def test_the_cases_cover_the_shapes() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     assert_logits_equal(tmp_path, make(tmp_path, case))
+
+
+STRETCHED = {  # max_position_embeddings, rope_scaling, tokens that a text may have
+    "Qwen2.5 as its README says": (32768, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+    "yarn, stated": (131072, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+    "yarn, stated in part": (40960, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+    "yarn of no original": (4096, {"type": "yarn", "factor": 2.5}, 10240),
+    "yarn down": (4096, {"type": "yarn", "factor": 0.5, "original_max_position_embeddings": 4096}, 4096),
+    "yarn past int32": (4096, {"type": "yarn", "factor": 1e18}, 2**31 - 1),
+    "linear": (4096, {"type": "linear", "factor": 4.0}, 16384),
+    "llama3": (131072, {**LLAMA3, "original_max_position_embeddings": 8192}, 131072),
+    "dynamic": (4096, {"type": "dynamic", "factor": 4.0}, 4096),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STRETCHED)
+def test_scalings_stretch_the_context(case: str, tmp_path: Path) -> None:
+    stated, scaling, context = STRETCHED[case]
+    config = weights.read_config(random_model(tmp_path, max_position_embeddings=stated, rope_scaling=scaling))
+    assert config.max_positions == context
+    if config.rope_type == "yarn":
+        assert config.rope["original_max_position_embeddings"] == scaling.get("original_max_position_embeddings", stated)
+
+
+@pytest.mark.parametrize(("kind", "context"), [("yarn", 256), ("linear", 256), ("dynamic", 64)])
+def test_texts_fill_the_stretched_context_and_no_more(kind: str, context: int, tmp_path: Path) -> None:
+    """Dynamic scaling is served as far as it is none: past max_position_embeddings it would change under K/V that are there."""
+    e = engine(random_model(tmp_path, max_position_embeddings=64, rope_scaling={"rope_type": kind, "factor": 4.0}))
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    (out,) = e.generate([[5] * (context - 8)], params)
+    assert len(out.token_ids) == 8
+    with pytest.raises(RequestError, match=f"{context - 7} prompt tokens and max_tokens 8 exceed the context of {context}: shorten one of them"):
+        e.generate([[5] * (context - 7)], params)
 
 
 @pytest.mark.parametrize("case", ["llama3", "mistral-window", "qwen2", "qwen3"])
