@@ -1,5 +1,6 @@
 """Every family, every rope scaling and every shape against transformers, the outside law: whole, chunked, paged, as tree rows."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,23 @@ def test_texts_fill_the_stretched_context_and_no_more(kind: str, context: int, t
     assert len(out.token_ids) == 8
     with pytest.raises(RequestError, match=f"{context - 7} prompt tokens and max_tokens 8 exceed the context of {context}: shorten one of them"):
         e.generate([[5] * (context - 7)], params)
+
+
+@pytest.mark.parametrize("case", ["llama3", "llama-linear-long", "qwen2-yarn", "qwen2-yarn-long", "qwen2-yarn-scaled"])
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_config_forms_are_one(case: str, key: str, tmp_path: Path) -> None:
+    """Most checkpoints have rope_scaling and, beside it, rope_theta, the older ones with the key "type"; transformers 5 writes rope_parameters."""
+    make(tmp_path, case)
+    tokens = list(range(100))
+    want = Text(runner(tmp_path), tokens).run(100)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    rope = config.pop("rope_parameters")
+    assert rope["rope_theta"] != 1e4  # or its place would not matter
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = {key: rope.pop("rope_type"), **rope}
+    file.write_text(json.dumps(config))
+    assert torch.equal(Text(runner(tmp_path), tokens).run(100), want)
 
 
 @pytest.mark.parametrize("case", ["llama3", "mistral-window", "qwen2", "qwen3"])
