@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from specedge.config import SamplingParams
+from specedge.config import EngineConfig, SamplingParams
 from specedge.engine import weights
 from specedge.engine.engine import RequestError
+from specedge.engine.runner import Runner
 from tests.engine.test_model import Text, assert_logits_equal
 from tests.helpers import engine, random_model, runner
 
@@ -123,6 +126,27 @@ def test_config_forms_are_one(case: str, key: str, tmp_path: Path) -> None:
     config["rope_scaling"] = {key: rope.pop("rope_type"), **rope}
     file.write_text(json.dumps(config))
     assert torch.equal(Text(runner(tmp_path), tokens).run(100), want)
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen3", "llama-bias", "llama3"])
+def test_the_bar_counts_every_tensor(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path, case)
+    count = len(load_file(tmp_path / "model.safetensors"))
+    ends = []
+
+    class Bar(tqdm):
+        def __exit__(self, *error: object) -> None:
+            ends.append((self.total, self.n))
+            super().__exit__(*error)
+
+    monkeypatch.setattr(weights, "tqdm", Bar)
+    capsys.readouterr()
+    Runner.load(tmp_path, EngineConfig(kv_tokens=64), 8, "cpu", "float32", True)
+    said = capsys.readouterr().err
+    assert f"loading {tmp_path.name}:" in said and f" 0/{count} [" in said
+    assert ends == [(count, count)]
+    Runner.load(tmp_path, EngineConfig(kv_tokens=64), 8, "cpu", "float32", False)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("case", ["llama3", "mistral-window", "qwen2", "qwen3"])
