@@ -165,10 +165,12 @@ def test_narrow_dtypes_are_close_to_transformers(case: str, dtype: str, tmp_path
     assert error.std() < spread and error.abs().max() < largest
 
 
-def test_shards_are_read(tmp_path: Path) -> None:
-    theirs = make(tmp_path, "qwen2")
-    whole = Text(runner(tmp_path), list(range(50))).run(50)
-    (tmp_path / "model.safetensors").unlink()
-    theirs.save_pretrained(tmp_path, max_shard_size="100KB")
-    assert not (tmp_path / "model.safetensors").exists()
-    assert torch.equal(Text(runner(tmp_path), list(range(50))).run(50), whole)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_shards_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Shards of any dtype have the logits of the same numbers in one file of float32."""
+    theirs, parts, whole = make(tmp_path, "qwen2").to(dtype), tmp_path / "parts", tmp_path / "whole"
+    theirs.save_pretrained(parts, max_shard_size="50KB")
+    found = [load_file(file) for file in parts.glob("*.safetensors")]
+    assert len(found) > 2 and {t.dtype for part in found for t in part.values()} == {dtype}
+    theirs.float().save_pretrained(whole)
+    assert torch.equal(*(Text(runner(path), list(range(50))).run(50) for path in (parts, whole)))
