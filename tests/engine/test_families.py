@@ -70,6 +70,7 @@ def test_the_cases_cover_the_shapes() -> None:
     heads = {s.get("head_dim", s["hidden_size"] // s["num_attention_heads"]) for s in shapes}
     assert heads >= {8, 16, 32, 64, 128}
     assert {s["num_attention_heads"] // s["num_key_value_heads"] for s in shapes} >= {1, 3, 4, 7, 8}
+    assert {s["intermediate_size"] for s in shapes} >= {172}  # no multiple of 8
     assert {s["num_hidden_layers"] for s in shapes} >= {1, 5} and {s["vocab_size"] for s in shapes} >= {105, 512, 4096, 32000}
 
 
