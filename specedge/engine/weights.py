@@ -253,6 +253,8 @@ class Reader:
         self._where: dict[str, tuple[Path, Any]] = {}
         for file in files:
             try:
+                if file.is_fifo():  # to open one is to wait for a writer
+                    raise ModelError(f"{file} is not a readable safetensors file: it is a pipe")
                 file.open("rb").close()  # safe_open calls whatever it cannot open "No such file"
                 handle = stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as e:

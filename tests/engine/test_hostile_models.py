@@ -347,6 +347,9 @@ REFUSED: dict[str, tuple[Break, str]] = {
     "index with control codes": (index({Q0: "\x1b[2J.safetensors"}), "index.json has no weight_map"),
     "index names a pickle": (index({Q0: "pytorch_model.bin"}), "index.json has no weight_map"),
     "shard missing": (index({Q0: "model-1.safetensors", "x": "model-2.safetensors"}), "model-2.safetensors is not a readable"),
+    "shard a pipe": (
+        lambda p: (sharded(lambda parts: None)(p), replaced("model-2.safetensors", os.mkfifo)(p)), "model-2.safetensors is not .*: it is a pipe"
+    ),
     "shard cut": (cut_shard(2, 4), "model-2.safetensors .*: tensor model.layers.1.self_attn.v_proj.weight ends 4 bytes past"),
     "shards without a tensor": (sharded(lambda parts: [p.pop(Q0, 0) for p in parts]), f"index.json: none of its 3 files holds the tensor {Q0}"),
     "shards with a tensor twice": (
