@@ -21,6 +21,16 @@ FIELDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 OPTIONAL = {"yarn": ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")}
+MAX_CONTEXT = 2**31 - 1  # positions are int32
+
+
+def context(kind: str, rope: Mapping[str, float], positions: int) -> int:
+    """Tokens that a text may have whose checkpoint says max_position_embeddings = `positions`: YaRN stretches the original context by its factor and
+    interpolation stretches `positions`, as in vLLM. A larger `positions` holds, for some checkpoints state what they were stretched to."""
+    if kind not in ("yarn", "linear"):
+        return positions
+    original = rope["original_max_position_embeddings"] if kind == "yarn" else positions
+    return max(positions, int(min(original * rope["factor"], MAX_CONTEXT)))
 
 
 def angles(config: ModelConfig, positions: int) -> tuple[Tensor, Tensor]:
@@ -54,7 +64,7 @@ def _yarn(frequency: Tensor, c: ModelConfig) -> tuple[Tensor, float]:
     """As llama3, but blended linearly in the index of the pair; queries and keys grow by an amplitude."""
     r, dim = c.rope, c.head_dim
     factor = r["factor"]
-    original = r.get("original_max_position_embeddings", c.max_positions)
+    original = r["original_max_position_embeddings"]
 
     def pair(turns: float) -> float:
         """Index of the pair that turns so often in the original context."""

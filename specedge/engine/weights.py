@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from specedge.config import ModelConfig, SpecedgeError, brief
-from specedge.engine.rope import FIELDS, OPTIONAL
+from specedge.engine.rope import FIELDS, OPTIONAL, context
 from specedge.kernels.linear import Linear
 
 Get = Callable[..., Tensor]  # get(name, *shape): the tensor of that name, which must have that shape
@@ -28,6 +28,7 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 DTYPES = ("F32", "F16", "BF16")  # of tensors in files; others belong to quantised checkpoints, whose numbers mean nothing without their scales
 MAX_JSON = 1 << 26  # bytes; the index of a model of a thousand shards has 10 million
 MAX_LAYERS = 4096
+INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 
 
@@ -146,7 +147,8 @@ def read_config(path: Path) -> ModelConfig:
     generation = path / "generation_config.json"
     g = Fields(generation, read_json(generation)) if generation.exists() else f
     heads, hidden, layers = f.count("num_attention_heads"), f.count("hidden_size"), f.count("num_hidden_layers", high=MAX_LAYERS)
-    theta, kind, rope = _rope(f)
+    positions = f.count("max_position_embeddings")
+    theta, kind, rope = _rope(f, positions)
     try:
         return ModelConfig(
             hidden=hidden,
@@ -158,7 +160,7 @@ def read_config(path: Path) -> ModelConfig:
             vocab=f.count("vocab_size"),
             norm_eps=f.number("rms_norm_eps"),
             rope_theta=theta,
-            max_positions=f.count("max_position_embeddings"),
+            max_positions=context(kind, rope, positions),
             tied=f.flag("tie_word_embeddings"),
             eos_ids=(g if g.has("eos_token_id") else f).ids("eos_token_id"),
             qkv_bias=f.flag("attention_bias") or family == "Qwen2",
@@ -173,8 +175,8 @@ def read_config(path: Path) -> ModelConfig:
         raise ModelError(f"{file}: {brief(e)}") from None
 
 
-def _rope(f: Fields) -> tuple[float, str, dict[str, float]]:
-    """Base, type and further numbers of the rotary frequencies."""
+def _rope(f: Fields, positions: int) -> tuple[float, str, dict[str, float]]:
+    """Base, type and further numbers of the rotary frequencies; `positions`: max_position_embeddings."""
     where = "rope_parameters" if f.get("rope_parameters") else "rope_scaling"
     raw = f.get(where) or {}
     if not isinstance(raw, dict):
@@ -188,6 +190,8 @@ def _rope(f: Fields) -> tuple[float, str, dict[str, float]]:
         raise ModelError(f"{f.file}: rope_theta is {theta}, but must be at least 2")
     rope = {name: r.number(name) for name in FIELDS[kind]}
     rope |= {name: r.number(name) for name in OPTIONAL.get(kind, ()) if r.get(name) is not None}
+    if kind == "yarn":  # as in transformers: who does not say what was stretched means max_position_embeddings
+        rope.setdefault("original_max_position_embeddings", positions)
     rope["truncate"] = r.flag("truncate", True)
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ModelError(f"{f.file}: high_freq_factor must be above low_freq_factor")
@@ -210,19 +214,35 @@ def _windows(f: Fields, family: str, layers: int) -> tuple[int, ...]:
 
 def shards(path: Path) -> list[Path]:
     """The safetensors files of a model directory."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    single, index = path / "model.safetensors", path / INDEX
     if single.is_file():
         return [single]
     if not index.is_file():
         pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
         if pickled:
             raise ModelError(f"{path / pickled[0]} is a pickle, which can run code and is not read: convert the model to safetensors")
-        raise ModelError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
+        raise ModelError(f"{path} holds neither model.safetensors nor {INDEX}")
     table = read_json(index).get("weight_map")
     names = list(table.values()) if isinstance(table, dict) else []
     if not names or not all(isinstance(n, str) and SHARD.fullmatch(n) for n in names):
         raise ModelError(f"{index} has no weight_map that names safetensors files beside it")
     return [path / name for name in sorted(set(names))]
+
+
+def past_the_end(file: Path) -> str | None:
+    """Of a safetensors file that cannot be read: the first tensor that its data is too short for, in words; None if that is not what is wrong."""
+    try:
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            data = file.stat().st_size - 8 - length
+            if length > MAX_JSON or data < 0:
+                return None
+            tensors = json.loads(f.read(length))
+        ends = [(int(t["data_offsets"][1]), str(name)) for name, t in tensors.items() if name != "__metadata__"]
+    except (OSError, ValueError, RecursionError, ArithmeticError, AttributeError, LookupError, TypeError):  # no such header either
+        return None
+    end, name = min((e for e in ends if e[0] > data), default=(0, ""))
+    return f"tensor {brief(name)} ends {end - data} bytes past the end of the file" if end else None
 
 
 class Reader:
@@ -233,17 +253,22 @@ class Reader:
         self._where: dict[str, tuple[Path, Any]] = {}
         for file in files:
             try:
+                if file.is_fifo():  # to open one is to wait for a writer
+                    raise ModelError(f"{file} is not a readable safetensors file: it is a pipe")
                 file.open("rb").close()  # safe_open calls whatever it cannot open "No such file"
                 handle = stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as e:
-                raise ModelError(f"{file} is not a readable safetensors file: {brief(e)}") from None
-            self._where.update((name, (file, handle)) for name in handle.keys())  # noqa: SIM118 (not a dict)
-        self._last = files[-1]
+                raise ModelError(f"{file} is not a readable safetensors file: {past_the_end(file) or brief(e)}") from None
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                if name in self._where:  # which of them is meant nobody can tell
+                    raise ModelError(f"{file}: tensor {brief(name)} is also in {self._where[name][0].name}")
+                self._where[name] = file, handle
+        self._all = f"{files[0]} lacks" if len(files) == 1 else f"{files[0].parent / INDEX}: none of its {len(files)} files holds"
 
     def get(self, name: str, *shape: int) -> Tensor:
         """Tensor `name`, which must have `shape`."""
         if name not in self._where:
-            raise ModelError(f"{self._last} lacks the tensor {name}")
+            raise ModelError(f"{self._all} the tensor {name}")
         file, handle = self._where[name]
         view = handle.get_slice(name)
         if (found := view.get_dtype()) not in DTYPES:

@@ -155,6 +155,34 @@ def index(weight_map: object) -> Break:
     return apply
 
 
+def sharded(change: Callable[[list[dict[str, torch.Tensor]]], object]) -> Break:
+    """Three shards in place of the one file, changed after the index was written."""
+
+    def apply(path: Path) -> None:
+        weights = load_file(path / "model.safetensors")
+        (path / "model.safetensors").unlink()
+        names = sorted(weights)
+        parts = [{name: weights[name] for name in names[i::3]} for i in range(3)]
+        table = {name: f"model-{i + 1}.safetensors" for i, part in enumerate(parts) for name in part}
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+        change(parts)
+        for i, part in enumerate(parts):
+            save_file(part, path / f"model-{i + 1}.safetensors")
+
+    return apply
+
+
+def cut_shard(number: int, size: int) -> Break:
+    """Three shards, of which one lacks its last `size` bytes."""
+
+    def apply(path: Path) -> None:
+        sharded(lambda parts: None)(path)
+        file = path / f"model-{number}.safetensors"
+        os.truncate(file, file.stat().st_size - size)
+
+    return apply
+
+
 def pickles(path: Path) -> None:
     """A pickle that leaves a mark when it is read, in place of the weights."""
     mark = path.parent / "unpickled"
@@ -273,7 +301,8 @@ REFUSED: dict[str, tuple[Break, str]] = {
     "weights empty": (write("model.safetensors", b""), UNREADABLE),
     "weights cut in the length": (cut(5), UNREADABLE),
     "weights cut in the header": (cut(500), UNREADABLE),
-    "weights cut in the data": (cut(-4), UNREADABLE),
+    "weights cut in the data": (cut(-4), f"{UNREADABLE}: tensor model.norm.weight ends 4 bytes past the end"),
+    "weights cut in the middle": (cut(30_000), f"{UNREADABLE}: tensor lm_head.weight ends 21448 bytes past the end"),
     "weights with a tail": (lambda p: (p / "model.safetensors").open("ab").write(bytes(4)), UNREADABLE),
     "weights a directory": (replaced("model.safetensors", Path.mkdir), "model.safetensors"),
     "weights a symlink loop": (replaced("model.safetensors", loop), "model.safetensors"),
@@ -318,6 +347,14 @@ REFUSED: dict[str, tuple[Break, str]] = {
     "index with control codes": (index({Q0: "\x1b[2J.safetensors"}), "index.json has no weight_map"),
     "index names a pickle": (index({Q0: "pytorch_model.bin"}), "index.json has no weight_map"),
     "shard missing": (index({Q0: "model-1.safetensors", "x": "model-2.safetensors"}), "model-2.safetensors is not a readable"),
+    "shard a pipe": (
+        lambda p: (sharded(lambda parts: None)(p), replaced("model-2.safetensors", os.mkfifo)(p)), "model-2.safetensors is not .*: it is a pipe"
+    ),
+    "shard cut": (cut_shard(2, 4), "model-2.safetensors .*: tensor model.layers.1.self_attn.v_proj.weight ends 4 bytes past"),
+    "shards without a tensor": (sharded(lambda parts: [p.pop(Q0, 0) for p in parts]), f"index.json: none of its 3 files holds the tensor {Q0}"),
+    "shards with a tensor twice": (
+        sharded(lambda parts: parts[2].update({Q0: parts[0][Q0] + 1})), f"model-3.safetensors: tensor {Q0} is also in model-1.safetensors"
+    ),
     "index of long names": (index({Q0: "x" * 10**5 + ".safetensors"}), "index.json has no weight_map"),
     "shards a million": (index({f"t{i}": f"{i}.safetensors" for i in range(10**5)}), "0.safetensors is"),
     "tokenizer missing": (remove("tokenizer.json"), "tokenizer.json is missing"),
@@ -404,6 +441,7 @@ SERVED: dict[str, Break] = {
     "mixed dtypes": tensors(lambda w: w.update({Q0: w[Q0].bfloat16()})),
     "index beside one file": write("model.safetensors.index.json", "{"),
     "index of one shard": index({Q0: "model-1.safetensors"}),
+    "index of three shards": sharded(lambda parts: None),
     "symlinks": lambda path: [f.rename(path.parent / f.name) and f.symlink_to(path.parent / f.name) for f in list(path.iterdir())],
     "code and pickles beside it": lambda path: (pickle_beside(path), write("modeling_evil.py", "raise SystemExit")(path)),
     "template broken": template("{% if %}{{{"),

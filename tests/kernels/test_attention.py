@@ -117,7 +117,7 @@ def expected(part: Part, window: int) -> Tensor:
     return reference.attention(part.q, part.new, pages, segment, table, part.q_pos, part.k_pos, anc, dim**-0.5, window)
 
 
-SHAPES = [(1, 8), (3, 16), (6, 24), (4, 32), (1, 64), (7, 64), (1, 80), (3, 128), (9, 256), (71, 8), (2, 40)]
+SHAPES = [(1, 8), (3, 16), (6, 24), (4, 32), (1, 64), (7, 64), (1, 80), (3, 128), (8, 128), (9, 256), (71, 8), (2, 40)]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
