@@ -4,6 +4,7 @@ Around a real server."""
 import contextlib
 import os
 import socket
+import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -157,15 +158,17 @@ def connected(s: socket.socket) -> bool:
     return False
 
 
+@linux
 def test_edges_that_are_welcomed_are_no_flood(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many come, and though each connects twice; those that are not welcomed count."""
+    """However many come, and though each connects twice. Those that are not welcomed count, though they are gone before anybody could look."""
     monkeypatch.setattr(doorman_module, "KNOCKS", 0.0)
     for _ in range(20):
         Connection(server.address, b"").close()
     until(lambda: len(server._doorman) == 0, "the end of all")
     assert all(a.asked <= DIAL for a in server._doorman._knocks.values())
     for _ in range(5):
-        stranger(server).close()
+        with stranger(server) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # ends with a RST
     until(lambda: any(a.asked >= 5 for a in server._doorman._knocks.values()), "five in the book")
 
 
@@ -184,6 +187,40 @@ def test_the_share_that_is_let_in_is_random() -> None:
         assert 50 < let_in["127.0.0.1"] < 150 and let_in["127.0.0.2"] == 50 and let_in["127.0.0.3"] == 0
         hear(listener)
         assert connected(stack.enter_context(socket.create_connection(listener.getsockname(), 10)))
+    if has_ipv6():  # where 0.0.0.0 would stand there are zeros in ::1
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
+            guard(listener, {bytes(4): 0.0}, silent=True)
+            with socket.create_connection(listener.getsockname()[:2], 0.9) as s:
+                assert connected(s)
+
+
+@linux
+@pytest.mark.parametrize("silent", [False, True])
+def test_an_end_waits_until_it_is_heard(silent: bool) -> None:
+    """So it can be asked whose a connection was that came and went in one moment."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        guard(listener, {}, silent)
+        with socket.create_connection(listener.getsockname(), 10) as client:
+            client.sendall(b"\xff")
+            there, _ = listener.accept()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # ends with a RST
+        with there:
+            there.setblocking(False)
+            assert there.recv(9) == b"\xff" and there.getpeername()
+            with pytest.raises(BlockingIOError):
+                there.recv(9)
+            hear(there)
+            there.send(b"is anybody there?")
+            with pytest.raises(ConnectionResetError):
+                there.recv(9)
+        with socket.create_connection(listener.getsockname(), 10) as client:
+            client.send(b"\xff", socket.MSG_MORE)  # goes out with the FIN
+        with pytest.raises(BlockingIOError):
+            there, _ = listener.accept()
+            with there:
+                there.setblocking(False)
+                there.recv(9)
 
 
 def test_an_address_is_one_whatever_the_socket() -> None:
