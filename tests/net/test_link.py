@@ -215,13 +215,14 @@ def test_attempts_grow_rarer_until_a_server_is_of_use(model: Path, want: list[in
 
 def test_a_greeting_alone_is_of_no_use(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that lets everybody in and then breaks is not stormed: what counts is an answer about a text."""
-    with Fake(silent) as fake, Proxy(fake.address.replace("specedge", "tcp")) as proxy, Edge(proxy.address) as edge:
+    greeting = [WELCOME, GoAway(60_000)]
+    with Fake(silent, greeting) as fake, Proxy(fake.address.replace("specedge", "tcp")) as proxy, Edge(proxy.address) as edge:
         dice = Dice(monkeypatch)
         text = background(edge.generate, [[1, 2, 3]], SamplingParams(max_tokens=10, seed=1))
         until(lambda: fake.of(wire.Draft), "a round")
         for n in range(1, 6):
             assert proxy.drop()
-            until(lambda: len(dice.bounds) == n and edge._link.up, "another connection")  # noqa: B023
+            until(lambda: len(dice.bounds) == n and edge._link.up and len(fake.of(Resume)) >= n, "another connection")  # noqa: B023
         assert dice.bounds == pytest.approx(BACKOFF[:5])
         fake.script = honest
         fake.answers[Resume] = lambda m: [wire.Resumed(m.session, 3, 0)]
