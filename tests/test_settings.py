@@ -186,6 +186,7 @@ def test_what_is_printed_may_be_read(parse: Parse, capsys: pytest.CaptureFixture
     again = printed(parse, capsys, "serve", file=first)
     assert tomllib.loads(first) == tomllib.loads(again) and len(tomllib.loads(first)) == 7
     want, got = (vars(parse("serve", *f, file=text)) for f, text in ((flags, ""), ([], first)))
+    assert want.pop("flags") == {"model", "listen", "stop", "keys", "insecure", "share"} and got.pop("flags") == set()
     assert {k: v for k, v in want.items() if k != "settings"} == {k: v for k, v in got.items() if k != "settings"}
 
 

@@ -242,7 +242,7 @@ def past_the_end(file: Path) -> str | None:
     except (OSError, ValueError, RecursionError, ArithmeticError, AttributeError, LookupError, TypeError):  # no such header either
         return None
     end, name = min((e for e in ends if e[0] > data), default=(0, ""))
-    return f"tensor {brief(name)} ends {end - data} bytes past the end of the file" if end else None
+    return brief(f"tensor {name} ends {end - data} bytes past the end of the file") if end else None
 
 
 class Reader:

@@ -318,6 +318,7 @@ REFUSED: dict[str, tuple[Break, str]] = {
     "header twice": (twice, f"model.safetensors.*{Q0}|model.safetensors is not a readable"),
     "offsets overlap": (header(lambda h: h[Q0].update(data_offsets=[0, 9216])), UNREADABLE),
     "offsets out of range": (header(lambda h: h[Q0].update(data_offsets=[2**60, 2**60 + 9216])), UNREADABLE),
+    "offsets of 400 digits": (header(lambda h: h[Q0].update(data_offsets=[0, 10**400])), UNREADABLE),
     "offsets backwards": (header(lambda h: h[Q0].update(data_offsets=[9216, 0])), UNREADABLE),
     "offsets negative": (header(lambda h: h[Q0].update(data_offsets=[-9216, 0])), UNREADABLE),
     "shape overflows": (header(lambda h: h[Q0].update(shape=[2**62, 2**62])), UNREADABLE),
