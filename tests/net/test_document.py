@@ -130,7 +130,8 @@ def test_a_client_written_from_the_document(server: Server, oracle: Engine) -> N
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("moment", ["between rounds", "a round on its way", "a verdict on its way"])
 def test_a_connection_that_is_lost(server: Server, model: Path, oracle: Engine, moment: str, elsewhere: bool) -> None:  # noqa: F811
-    """RESUME on a new connection, and the session goes on; at another server, which has never heard of it, it is rebuilt. The ids are the same."""
+    """RESUME on a new connection, and the session goes on; at another server, which has never heard of it, it is rebuilt. The ids are the same. A
+    server whose verdict finds nobody lets the session lapse, if it does so before RESUME comes."""
     from specedge.config import SamplingParams
 
     want = oracle.generate([PROMPT], SamplingParams(0.8, 12, seed=5))[0].token_ids
@@ -144,7 +145,8 @@ def test_a_connection_that_is_lost(server: Server, model: Path, oracle: Engine, 
             client.round, client.sent = 2, ([want[2], wrong, want[3]], [0, 0, 1], 0)
             client.offer()
             assert moment != "a verdict on its way" or client.socket.poll(30_000)
-        assert client.recover((other if elsewhere else server).endpoint, flying) == (GONE if elsewhere else RESUMED)
+        answers = {GONE} if elsewhere else {RESUMED, NEED_PREFILL} if moment == "a round on its way" else {RESUMED}
+        assert client.recover((other if elsewhere else server).endpoint, flying) in answers
         if flying:
             assert client.verdicts() == 0 and client.text[len(PROMPT) :] == want[:5]
         assert client.draft([want[len(client.text) - len(PROMPT)]], [0]) == 0
