@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 import specedge.engine.engine as engine_module
-from specedge.config import DraftConfig, SamplingParams
+from specedge.config import PRIORITIES, DraftConfig, SamplingParams
 from specedge.engine.drafter import Drafter, Session
 from specedge.engine.engine import Engine
 from specedge.engine.request import Account, Sequence
@@ -87,20 +87,21 @@ class Operations(RuleBasedStateMachine):
         self.texts: list[tuple[Sequence, list[int]]] = []
         self.rng = np.random.default_rng(0)
         for i in range(crowd):
-            self.open(3 + i, i, b"a", 0)
+            self.open(3 + i, i, b"a", 0, PRIORITIES[i % 2])
             self.run_until(i, more)
         self.step(3 * crowd)
 
     @precondition(lambda self: len(self.texts) < 12)
     @rule(
         prompt=st.integers(0, len(PROMPTS) - 1), params=st.integers(0, len(PARAMS) - 1), salt=st.sampled_from([b"", b"a"]), known=st.integers(0, 30),
+        priority=st.sampled_from(PRIORITIES),
     )  # fmt: skip
-    def open(self, prompt: int, params: int, salt: bytes, known: int) -> None:
-        """A new text, or one of which some tokens are known already."""
+    def open(self, prompt: int, params: int, salt: bytes, known: int, priority: str) -> None:
+        """A new text of either priority, or one of which some tokens are known already."""
         self.seen["operations"] += 1
         truth, start = self.truth(prompt, params), len(PROMPTS[prompt])
         tokens = truth[: min(start + max(0, known - 15), len(truth) - 1)]
-        self.texts.append((self.engine.open(tokens, PARAMS[params], start, account=Account(salt)), truth))
+        self.texts.append((self.engine.open(tokens, PARAMS[params], start, account=Account(salt), priority=priority), truth))
 
     def pick(self, i: int) -> tuple[Sequence, list[int]]:
         return self.texts[i % len(self.texts)]
@@ -174,9 +175,13 @@ class Operations(RuleBasedStateMachine):
             assert v.sequence.finish == v.finish and (not v.finish or v.sequence.table is None)
             self.seen["accepted"] += len(v.path)
             self.seen["finished"] += bool(v.finish)
+            self.seen["batch"] += v.sequence.batch
+            self.seen["batch beside"] += v.sequence.batch and any(not w.sequence.batch for w in verdicts)
         assert len(verdicts) == len({id(v.sequence) for v in verdicts})
         assert not busy or verdicts or before != [(s.computed, s.table) for s in there], "busy, and nothing done"
-        self.seen["preempted"] += sum(s.table is None and not s.finish for s in running)
+        gone = [s for s in running if s.table is None and not s.finish]
+        self.seen["preempted"] += len(gone)
+        self.seen["batch preempted"] += sum(s.batch for s in gone)
         self.seen["evicted"] += len(found - set(e.pool._place))
         self.seen["steps"] += 1
 
@@ -216,7 +221,8 @@ def test_any_order_of_operations_on_an_engine(operations: int, tmp_path: Path, m
     Operations.runners = [runner(tmp_path, **sizes) for sizes in SIZES]
     Operations.truth.cache_clear()
     seen = run(Operations, operations)
-    assert all(seen[what] for what in ("preempted", "parked", "evicted", "hits", "accepted", "finished")), seen
+    assert all(seen[what] for what in ("preempted", "parked", "evicted", "hits", "accepted", "finished", "batch")), seen
+    assert seen["batch preempted"] and seen["batch beside"], seen
 
 
 # ----------------------------------------------------------------------------------------------------------------------
