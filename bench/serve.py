@@ -210,7 +210,8 @@ class Bench:
 
     def _config(self, cell: Cell) -> DraftConfig:
         """How an edge of this cell drafts."""
-        config = replace(co_located(cell.nodes or self.args.nodes), max_sessions=1, proactive=MODES[cell.mode].proactive)
+        own = co_located(cell.nodes or self.args.nodes)
+        config = replace(own, max_sessions=1, proactive=MODES[cell.mode].proactive, autopilot=self.args.autopilot)
         return replace(config, depth=FIXED) if cell.nodes else config
 
     def _ready(self, edges: int) -> None:
@@ -348,6 +349,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--nodes", type=int, default=31, help="of the edges' trees at most")
     p.add_argument("--draft-noise", type=float, default=0.0, metavar="S", help="draft with the target's own weights and noise of S deviations")
     p.add_argument("--baseline", type=int, nargs=2, metavar=("DEPTH", "SIZE"), help="of the co-located mode, not searched; depth 0: its own rule")
+    p.add_argument("--autopilot", action="store_true", help="let edges leave texts to the server where drafts do not pay, as they ship")
     p.add_argument("--no-claims", dest="claims", action="store_false", help="leave out the cells that single claims need")
     p.add_argument("--sweep", choices=SWEEPS)
     p.add_argument("--rtt", type=float, default=15.0, help="milliseconds")
@@ -374,7 +376,7 @@ def main() -> None:
     described = machine(1)
     described.pop("date")
     print(", ".join(f"{k} {v}" for k, v in described.items()))
-    fixed = ("device", "pair", "draft_noise", "tokens", "waves", "nodes", "baseline", "server_price", "edge_price")
+    fixed = ("device", "pair", "draft_noise", "tokens", "waves", "nodes", "baseline", "autopilot", "server_price", "edge_price")
     results = Results(args.out, {**described, "prompts": max([*args.sessions, 2]), **{k: getattr(args, k) for k in fixed}})
     bench = Bench(args)
     try:
