@@ -25,7 +25,7 @@ class Account:
     name: bytes = b""  # salts its pages
     verified: int = 0  # rows of roots and nodes so far
     prompt: int = 0  # rows of prompts so far
-    verified_held: bool = False  # no more of these rows for now
+    verified_held: bool = False  # no more of these rows until what was used is paid for
     prompt_held: bool = False
 
 
