@@ -206,12 +206,12 @@ class Simulation:
             return
         self._serving = True
         self.steps.append((now, end, self._table.rows_run, len(verdicts)))
-        self._at(end, "served", (verdicts, end - now))
+        self._at(end, "served", (verdicts, end - now, self.engine.rows))
 
-    def _served(self, what: tuple[list[Verdict], float]) -> None:
-        self._serving, rows = False, sum(v.verified for v in what[0])
+    def _served(self, what: tuple[list[Verdict], float, int]) -> None:
+        self._serving = False
         for v in what[0]:
-            served = Served(what[1], rows, rows - v.verified)
+            served = Served(what[1], what[2], what[2] - v.verified)
             self._at(self.clock.now + self.world.rtt / 2, "verdict", (v, v.sequence.acceptance.budget, served))
         self._look(None)
 

@@ -78,14 +78,14 @@ class CostModel:
         if self._seen % EVERY == 0 or not self._fitted:
             self._fit()
 
-    def tell(self, law: "Law") -> None:
+    def tell(self, law: Law) -> None:
         """Expect passes to follow `law`, somebody else's fit, until there is one of these passes; they correct its level from the first on."""
         if not self._fitted:
             self._told, self._share, self._prior_knee = True, law.slope / law.base, law.knee
             self._base, self._slope, self._knee = law.base, law.slope, law.knee
 
     @property
-    def law(self) -> "Law | None":
+    def law(self) -> Law | None:
         """What was fitted, at no context; None as long as nothing was."""
         return Law(self._base, self._slope, self._knee) if self._fitted else None
 

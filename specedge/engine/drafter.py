@@ -384,15 +384,13 @@ class Drafter:
         if not self.config.proactive:
             front = [f for f in front if not f[0]]
         heapq.heapify(front)
-        total, n, cost = 0.0, 0, self.pace.draft
-        context = sum(len(self._sessions[i].tokens) for _, _, i in front)
+        total, n, context, cost = 0.0, 0, 0, self.pace.draft
         while front and n < self.config.width:
             flying, score, i = heapq.heappop(front)
-            p = math.exp(-score)
+            session, p = self._sessions[i], math.exp(-score)
             if cost.confident and p * cost.predict(n, context) < total * cost.slope(n):
                 continue
-            total, n = total + p, n + 1
-            session = self._sessions[i]
+            total, n, context = total + p, n + 1, context + (0 if i in picked else len(session.tokens))
             node = heapq.heappop(session.heap)[2]
             node.slot = heapq.heappop(session.free)
             assert node.parent is not None

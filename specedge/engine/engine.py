@@ -44,6 +44,7 @@ class Engine(TextEngine):
         self.admission = Admission(self.cost)
         self._verify = make_verifier(runner, tokenizer.size if tokenizer else self.vocab)
         self.line = Line(self.pool, runner.sizes.max_sequences)
+        self.rows = 0  # of the last step
         self._waited = True  # for the last step, when it ended
         self._stepped = (0.0, 0.0)  # when the last step that counts for the rhythm began and ended; zeros: nobody has been here since
         self._everybody = Account()  # pays where nobody is named
@@ -163,6 +164,7 @@ class Engine(TextEngine):
         context = sum(job.sequence.computed for job in jobs)
         found = self._verify(batch, jobs)
         verdicts = [v for job, f in zip(jobs, found, strict=True) if (v := self._extend(job, f)) is not None]
+        self.rows = batch.rows
         self._learn(jobs, verdicts, batch.rows, context, begun)
         for v in verdicts:
             if v.sequence in self._texts:

@@ -95,7 +95,7 @@ class SpeculativeEngine(TextEngine):
             self.engine.offer(text.sequence, tree)
         begun = time.perf_counter()
         verdicts = self.engine.step()
-        seconds, rows = time.perf_counter() - begun, sum(v.verified for v in verdicts)
+        seconds, rows = time.perf_counter() - begun, self.engine.rows
         for verdict in verdicts:
             if verdict.sequence in self._texts:  # else the engine's own caller gets it
                 self._take(self._texts[verdict.sequence], verdict, Served(seconds, rows, rows - verdict.verified))

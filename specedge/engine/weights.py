@@ -260,7 +260,7 @@ class Reader:
             except (SafetensorError, OSError) as e:
                 raise ModelError(f"{file} is not a readable safetensors file: {past_the_end(file) or brief(e)}") from None
             for name in handle.keys():  # noqa: SIM118 (not a dict)
-                if name in self._where:  # which of them is meant nobody can tell
+                if name in self._where:  # whatever the index says, nobody meant to write it twice
                     raise ModelError(f"{file}: tensor {brief(name)} is also in {self._where[name][0].name}")
                 self._where[name] = file, handle
         self._all = f"{files[0]} lacks" if len(files) == 1 else f"{files[0].parent / INDEX}: none of its {len(files)} files holds"

@@ -5,8 +5,9 @@ ZeroMQ accepts everybody for as long as there are descriptors, and puts a messag
 does tell is the descriptor of every connection that comes and goes, and of every message: so a connection can be shut down from here, and for ZeroMQ
 its peer hung up; or deafened: the system takes nothing more from it, so that what it sends costs nobody anything, until it is heard again and sends
 that once more, as TCP does. Likewise the listening socket: nobody is accepted who has not said anything (edges speak first), and of an address that
-opens connections to no purpose only a share. A connection is a stranger until its WELCOME goes out, and again when it has said nothing for long:
-sessions are counted for those who speak, and else a key could collect all descriptors. Knows nothing of messages, keys or sessions.
+opens connections to no purpose only a share. A connection is a stranger until its WELCOME goes out. Where there are no descriptors left, one that has
+been silent for long gives up its own: an account's connections are counted while they speak, and else a key could collect them all.
+Knows nothing of messages, keys or sessions.
 Linux alone says how much a connection has received, and can keep back what comes; elsewhere the former is not bounded, a flood is received to be
 dropped, and whoever connects is accepted. Invariant: nothing is shut down or deafened but the very connection that was accepted.
 """
@@ -33,7 +34,7 @@ from specedge.net.filters import deafen, guard, hear
 
 STRANGERS, OF_AN_ADDRESS = 512, 64  # at a time; whoever has been one for longest makes room for the next
 SPARE = 128  # descriptors that are not for connections
-QUIET = 60.0  # seconds without a message after which a connection is a stranger again: twice those after which its account is free to have another
+QUIET = 60.0  # seconds without a message or verdict: twice those after which an account is free to have another connection
 PIECE = 16_000_000  # bytes without a message: four times what may wait in ZeroMQ and in the system while nobody reads
 TURN = 0.1  # seconds between two looks: at who came and went (in heaps: one by one they would wake the thread), and at how much has come
 INFO, RECEIVED = 136, 128  # size of struct tcp_info up to the field tcpi_bytes_received, and where that begins
@@ -42,7 +43,7 @@ MUTE = 1.0  # seconds for which it is not heard when it has sent more
 FAREWELL = 1.0  # seconds in which a connection that is to end may read why
 KNOCKS, KNOCKS_SAVED = 100.0, 128.0  # connections that an address may open per second without a WELCOME, and may save up
 HALVING, HALVINGS = 16, 10  # so many more make the share that is let in half as large; and that at most so many times
-TURNED_AWAY = 64  # addresses at a time
+TURNED_AWAY = 16  # addresses at a time: the program before and the next count together, and some systems have 20 KB for both
 DIAL = 2  # connections that an edge opens for one WELCOME: the first only reads how the server wants to be spoken to
 LINUX = sys.platform.startswith("linux")
 COOKIES = Path("/proc/sys/net/ipv4/tcp_syncookies")  # without them those who say nothing would use up what Linux has for all who are coming
@@ -59,7 +60,7 @@ class Guest:
     account: object = None  # whose it is, once it has spoken
     received: int = 0
     spoke: bool = False  # since the last look
-    heard: float = math.inf  # when it last said something, once it has
+    heard: float = math.inf  # when it last said something, once it has, or was served
     deaf: float = 0.0  # until when nothing is taken from it; 0: it is heard
     ends: float = math.inf  # when it is shut down
 
@@ -94,6 +95,8 @@ class Doorman:
         self._knocks: dict[bytes, Allowance] = {}  # of addresses
         self._listener, self._shares = -1, dict[bytes, float]()  # of the SYNs of addresses, that reach the listening socket
         self._next = 0.0
+        self._nothing = os.open(os.devnull, os.O_RDONLY)
+        self._spare = os.dup(self._nothing)
 
     def __len__(self) -> int:
         return len(self._guests)
@@ -118,7 +121,9 @@ class Doorman:
         return False
 
     def thank(self, route: bytes, account: object, frames: float, now: float) -> None:
-        """Some frames of an account had a purpose; below 0, its questions cost so many more."""
+        """A connection was served, and some frames of its account had a purpose; below 0, its questions cost so many more."""
+        if guest := self._guests.get(self._routes.get(route, -1)):
+            guest.heard = now
         if allowance := self._allowances.get(account or route):
             self._spend(allowance, -frames, now)
 
@@ -147,20 +152,19 @@ class Doorman:
                 guest.deaf = 0.0
                 self._do(descriptor, hear)
             received = _with(descriptor, _received) or 0 if LINUX else 0
-            if now - guest.heard > QUIET and descriptor not in self._strangers:
-                self._strange(descriptor, _address(str(guest.name[0])))
             if guest.ends <= now:
                 self._shut(descriptor)
             elif guest.spoke:
                 guest.spoke, guest.received = False, received
             elif received - guest.received > PIECE:
                 self._shut(descriptor)
-        if LINUX:
-            self._turn_away(now)
+        self._turn_away(now)
 
     def close(self) -> None:
         self._router.disable_monitor()
         self._events.close(linger=0)
+        os.close(self._spare)
+        os.close(self._nothing)
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -183,17 +187,22 @@ class Doorman:
         if not isinstance(name, tuple):  # gone already, or ipc
             return
         self._guests[descriptor], address = Guest(name), _address(str(name[0]))
-        self._strange(descriptor, address)
+        self._strangers[descriptor] = address
+        self._of[address] += 1
         knocks = self._knocks.setdefault(address, Allowance())
         knocks.spend(1.0, max(knocks.at, self._next - TURN), KNOCKS)
         if self._of[address] > OF_AN_ADDRESS:
             self._shut(next(d for d, a in self._strangers.items() if a == address))
+        elif len(self._guests) > self._most and (quiet := self._quietest()) is not None:
+            self._shut(quiet)
         elif len(self._strangers) > STRANGERS or len(self._guests) > self._most:
             self._shut(next(iter(self._strangers)))
 
-    def _strange(self, descriptor: int, address: bytes) -> None:
-        self._strangers[descriptor] = address
-        self._of[address] += 1
+    def _quietest(self) -> int | None:
+        """Of those that were welcomed and have been silent for long, the one that has been for longest."""
+        known = [d for d in self._guests if d not in self._strangers]
+        quietest = min(known, key=lambda d: self._guests[d].heard, default=None)
+        return quietest if quietest is not None and self._next - self._guests[quietest].heard > QUIET else None
 
     def _known(self, descriptor: int) -> None:
         address = self._strangers.pop(descriptor, None)
@@ -215,12 +224,12 @@ class Doorman:
 
     def _do(self, descriptor: int, call: Callable[[socket.socket], None]) -> None:
         """Do it to a connection that was accepted; its descriptor may be somebody else's by now, or in the next moment: so a duplicate is looked at,
-        which stays what it is."""
+        which stays what it is. There is a place for it also when a flood has taken all others."""
         name = self._guests[descriptor].name
         with contextlib.suppress(OSError):
-            same = os.dup(descriptor)
-            _with(same, lambda s: call(s) if s.getpeername() == name else None)
-            os.close(same)
+            os.dup2(descriptor, self._spare, inheritable=False)
+            _with(self._spare, lambda s: call(s) if s.getpeername() == name else None)
+        os.dup2(self._nothing, self._spare, inheritable=False)
 
     def _turn_away(self, now: float) -> None:
         """The more connections of an address came to nothing, the smaller the share of its SYNs that pass: it settles where KNOCKS a second do.
@@ -234,10 +243,14 @@ class Doorman:
                 shares[address] = 0.5 ** min(halvings, HALVINGS)
             elif not knocks.asked:
                 del self._knocks[address]
-        if shares != self._shares:
-            self._shares = shares
+        if LINUX and shares != self._shares:
             worst = {a: shares[a] for a in sorted(shares, key=shares.__getitem__)[:TURNED_AWAY]}
-            _with(self._listener, lambda s: guard(s, worst, SILENT))
+
+            def attach(s: socket.socket) -> dict[bytes, float]:
+                guard(s, worst, SILENT)
+                return shares
+
+            self._shares = _with(self._listener, attach) or {}  # none: Linux bounds what filters may take; in the next look, then
 
     @staticmethod
     def _spend(allowance: Allowance, frames: float, now: float) -> None:

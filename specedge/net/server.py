@@ -55,14 +55,12 @@ def is_private(endpoint: str) -> bool:
         return False
 
 
-def _purpose(message: wire.Message, size: int) -> float:
+def _purpose(message: wire.Busy | wire.Verdict, size: int) -> float:
     """Frames that what it answers makes good; below 0, what it costs. A verdict that nobody has waited for is one of a stream, for which an edge has
     nothing to say; one without rows says again what is known, and may be 128 times as long as the question."""
     if isinstance(message, wire.Busy):
         return BUSY
-    if isinstance(message, wire.Verdict):
-        return PURPOSE * (message.queue_us > 0) if message.verified else -(size // UNIT)
-    return 0.0
+    return PURPOSE * (message.queue_us > 0) if message.verified else -(size // UNIT)
 
 
 def address(endpoint: str) -> str:
@@ -288,8 +286,8 @@ class Server:
         frame = wire.encode(message)
         if isinstance(message, wire.Welcome):
             self._doorman.welcomed(peer.route)
-        elif (purpose := _purpose(message, len(frame))) != 0:
-            self._doorman.thank(peer.route, peer.user, purpose, time.monotonic())
+        elif isinstance(message, wire.Busy | wire.Verdict):
+            self._doorman.thank(peer.route, peer.user, _purpose(message, len(frame)), time.monotonic())
         try:
             self._router.send_multipart([peer.route, frame], zmq.NOBLOCK)
         except zmq.ZMQError:  # gone, or it does not read: its sessions lapse, nobody waits for it
@@ -305,7 +303,7 @@ class Server:
             peer, descriptor = Peer(route.bytes, str(body[0].get("User-Id")) if self._authenticator else ""), -1
             with contextlib.suppress(zmq.ZMQError):  # of protocols before ZMTP 3, where a message does not know its connection
                 descriptor = body[-1].get(zmq.SRCFD)
-            if not self._doorman.hears(descriptor, peer.route, peer.user, max(1.0, len(body[0]) / UNIT), now):
+            if not self._doorman.hears(descriptor, peer.route, peer.user, max(1.0, sum(map(len, body)) / UNIT), now):
                 continue
             if self._authenticator and peer.user not in self._authenticator.users:
                 self._doorman.dismiss({peer.user}, now)  # a key that was revoked before it said anything

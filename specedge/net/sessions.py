@@ -132,8 +132,7 @@ class Sessions:
 
     def verdicts(self, found: list[request.Verdict], now: float, spent: float) -> list[Reply]:
         """Messages for what a step of `spent` seconds found."""
-        rows = sum(v.verified for v in found)
-        return [(r.peer, self._verdict(r, v, now, spent, rows)) for v in found if (r := self._owner.get(v.sequence))]
+        return [(r.peer, self._verdict(r, v, now, spent)) for v in found if (r := self._owner.get(v.sequence))]
 
     def settle(self, now: float) -> None:
         """Charge every account for what it used, before the next step."""
@@ -268,16 +267,18 @@ class Sessions:
         if usage.kv_tokens + r.kv_tokens > quota.kv_tokens > 0:
             raise Full(f"the open sessions of this account leave too little of its {quota.kv_tokens} tokens", RETRY_FULL)
         self._afford(usage)
-        if len(self._table) >= self.max_sessions and not self._yield_place(usage, now):
+        if len(self._table) >= self.max_sessions and not self._yield_place(usage, r, now):
             raise Full(f"all {self.max_sessions} sessions of this server are taken", RETRY_FULL)
 
-    def _yield_place(self, usage: Usage, now: float) -> bool:
+    def _yield_place(self, usage: Usage, r: Remote, now: float) -> bool:
         """Where every place is taken, the account that has most of them gives one up, if it has more than whoever asks would have: that of the
-        session which has not moved for longest. Its edge opens it again, and waits for a place if need be. Else one key could keep all others out."""
+        session which has not moved for longest, one that awaits its verdict last. Its edge opens it again, and waits for a place if need be. Else
+        one key could keep all others out."""
         most = max(self._usage.values(), key=lambda u: u.sessions)
         if most.sessions <= usage.sessions + 1:
             return False
-        self._lapse(min((k for k, r in self._table.items() if r.usage is most), key=lambda k: self._table[k].moved), now)
+        self._ids(r.opened.tokens)  # nobody loses a place to what will be refused
+        self._lapse(min((r.flying, r.moved, k) for k, r in self._table.items() if r.usage is most)[2], now)
         return True
 
     def _afford(self, usage: Usage) -> None:
@@ -363,13 +364,13 @@ class Sessions:
         finish = r.sequence.finish if base + len(tokens) == len(r.sequence.tokens) else ""
         return wire.Verdict(r.opened.session, r.round, base, 0, wire.pack_ids(tokens), 0, wire.FINISH.index(finish), self._budget(r), 0, 0)
 
-    def _verdict(self, r: Remote, v: request.Verdict, now: float, spent: float, rows: int) -> wire.Verdict:
+    def _verdict(self, r: Remote, v: request.Verdict, now: float, spent: float) -> wire.Verdict:
         r.heard = r.moved = now  # whoever is being served is not silent
         queue = max(0.0, now - r.taken - spent) if r.flying else 0.0
         message = wire.Verdict(
             r.opened.session, r.round, v.base, v.row, wire.pack_ids(list(v.tokens)), min(v.verified, 2**16 - 1),
             wire.FINISH.index(v.finish), self._budget(r), min(int(queue * 1e6), 2**32 - 1), min(int(spent * 1e6), 2**32 - 1),
-            min(rows, 2**16 - 1),
+            min(self.engine.rows, 2**16 - 1),
         )  # fmt: skip
         if r.flying:
             r.last = replace(message, verified=0, rows=0)  # when it comes again nothing will have been run for it

@@ -360,17 +360,26 @@ def test_a_stream_makes_nothing_good(server: Server, monkeypatch: pytest.MonkeyP
         raw.send(Close(X))
 
 
-def test_who_falls_silent_is_a_stranger_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And makes room for others, for nobody counts its connection any more; until it greets again."""
-    monkeypatch.setattr(doorman_module, "QUIET", 0.3)
-    monkeypatch.setattr(doorman_module, "STRANGERS", 2)
-    with Raw(server) as first, Raw(server) as second:
-        until(lambda: len(server._doorman._strangers) == 2, "two strangers")
-        assert first.silent() and len(server._doorman._strangers) == 1, "whoever greets is none"
-        monkeypatch.setattr(doorman_module, "QUIET", 1000.0)
-        with stranger(server), stranger(server):
-            until(lambda: len(server._doorman) == 3, "the end of the one that is silent")
-            assert first.silent() and second.socket.poll(0) == 0
+def test_who_is_silent_for_long_makes_room_where_there_is_none(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For nobody counts its connection any more. Not as long as there is room, nor whoever has spoken or was served lately."""
+    with Raw(server), Raw(server) as second, Raw(server) as third:
+        third.open(most=200)
+        guests, routes = server._doorman._guests, server._doorman._routes
+        silent = next(iter(routes))
+        for descriptor in list(guests):
+            guests[descriptor].heard -= 1000.0
+        assert second.silent() and len(third.text()) == 200
+        with stranger(server):
+            until(lambda: len(server._doorman) == 4, "one more, for whom there is room")
+            monkeypatch.setattr(server._doorman, "_most", 4)
+            with stranger(server):
+                until(lambda: silent not in routes and len(guests) == 4, "the end of the one that is silent")
+                assert second.silent() and third.silent() and len(server._doorman._strangers) == 2
+            monkeypatch.setattr(server._doorman, "_most", 3)
+            with stranger(server):
+                until(lambda: len(guests) == 3, "the end of a stranger, for nobody is silent")
+                assert second.silent() and third.silent()
+        third.send(Close(X))
 
 
 def test_many_callers_of_one_edge_are_not_slowed(server: Server, oracle: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,6 +405,8 @@ def test_only_the_connection_that_came_is_shut_down(server: Server) -> None:
         guest = Doorman.__new__(Doorman)
         guest._guests = {one.fileno(): doorman_module.Guest(("192.0.2.1", 7))}
         guest._strangers, guest._routes = {}, {}
+        guest._nothing = os.open(os.devnull, os.O_RDONLY)
+        guest._spare = os.dup(guest._nothing)
         guest._shut(one.fileno())
         two.sendall(b"x")
         assert one.recv(1) == b"x" and not guest._guests
