@@ -260,7 +260,7 @@ class DraftConfig:
         _require_int("branch", self.branch, 1, MAX_NODES)
         if self.depth is not None:
             _require_int("depth", self.depth, 1, MAX_NODES)
-        _require(_number(self.tau, 0, math.inf) and 0 < self.tau < math.inf, "tau", self.tau, "positive and finite")
+        _require(_number(self.tau, 0, math.inf) and self.tau not in (0, math.inf), "tau", self.tau, "positive and finite")
         _require_bools(self, "proactive", "autopilot")
         _require(isinstance(self.engine, EngineConfig), "engine", self.engine, "an EngineConfig")
         _require_int("max_sessions", self.max_sessions, 1, 256)

@@ -95,8 +95,7 @@ class Doorman:
         self._knocks: dict[bytes, Allowance] = {}  # of addresses
         self._listener, self._shares = -1, dict[bytes, float]()  # of the SYNs of addresses, that reach the listening socket
         self._next = 0.0
-        self._nothing = os.open(os.devnull, os.O_RDONLY)
-        self._spare = os.dup(self._nothing)
+        self._nothing, self._spare = (open(os.devnull, "rb", buffering=0) for _ in range(2))  # noqa: SIM115 (a server that never starts drops them)
 
     def __len__(self) -> int:
         return len(self._guests)
@@ -163,8 +162,8 @@ class Doorman:
     def close(self) -> None:
         self._router.disable_monitor()
         self._events.close(linger=0)
-        os.close(self._spare)
-        os.close(self._nothing)
+        self._spare.close()
+        self._nothing.close()
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -227,9 +226,9 @@ class Doorman:
         which stays what it is. There is a place for it also when a flood has taken all others."""
         name = self._guests[descriptor].name
         with contextlib.suppress(OSError):
-            os.dup2(descriptor, self._spare, inheritable=False)
-            _with(self._spare, lambda s: call(s) if s.getpeername() == name else None)
-        os.dup2(self._nothing, self._spare, inheritable=False)
+            os.dup2(descriptor, self._spare.fileno(), inheritable=False)
+            _with(self._spare.fileno(), lambda s: call(s) if s.getpeername() == name else None)
+        os.dup2(self._nothing.fileno(), self._spare.fileno(), inheritable=False)
 
     def _turn_away(self, now: float) -> None:
         """The more connections of an address came to nothing, the smaller the share of its SYNs that pass: it settles where KNOCKS a second do.

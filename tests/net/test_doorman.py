@@ -405,8 +405,7 @@ def test_only_the_connection_that_came_is_shut_down(server: Server) -> None:
         guest = Doorman.__new__(Doorman)
         guest._guests = {one.fileno(): doorman_module.Guest(("192.0.2.1", 7))}
         guest._strangers, guest._routes = {}, {}
-        guest._nothing = os.open(os.devnull, os.O_RDONLY)
-        guest._spare = os.dup(guest._nothing)
+        guest._nothing, guest._spare = (open(os.devnull, "rb", buffering=0) for _ in range(2))  # noqa: SIM115
         guest._shut(one.fileno())
         two.sendall(b"x")
         assert one.recv(1) == b"x" and not guest._guests
