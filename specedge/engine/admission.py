@@ -35,6 +35,10 @@ PRIOR, OWN = 4.0, 3.0  # nodes that the guess, and the survival over all session
 SLOW, FAST = 0.999, 0.98  # what is left of the memory of all sessions, of one, after a round; with nodes, for the former
 EXPLORE = 32  # every so many rounds, and after 1, 2, 4, 8 and 16, a session may have twice as many nodes and one more, but
 FEW = 7  # so many in those first ones: else ranks that are refused could never be learned, nor that a new draft is better than those before
+# Of the time since it last did so, that may take this share of a lone session's; of B in a step each has 1/B of the time, and keeps B waiting, so it
+# is 1/B^2. Where rows are dear (1.5B, Zen 4, in virtual time, texts of 64 tokens) 1, 2, 4 sessions have 12.9, 21.4, 29.5 tokens/s so, without a limit
+# 12.9, 20.7, 27.5, without exploring 12.2, 21.8, 29.5; where they are cheap all are within 3 %.
+SPENT = 0.1
 STEADY = 0.05  # weight of the latest in running means
 QUEUED = 1 / 16  # a pause shorter than this share of the step before is none: somebody was waiting already
 MOST = 4096  # nodes over which budgets are computed: sorting them takes 0.3 ms
@@ -47,18 +51,14 @@ class Acceptance:
     hits: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(WIDTH)))
     tries: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(WIDTH)))
     rounds: int = 0
-    due: int = EXPLORE - 1  # the round from which on the next is there to learn, until one had nodes
+    explored: int = 0  # the last round that was there to learn
+    exploring: bool = False  # whether the next one is
     budget: int = MAX_NODES  # nodes worth offering in the next round
 
     @property
-    def exploring(self) -> bool:
-        """Whether the next round is there to learn."""
-        return self.new or self.rounds >= self.due
-
-    @property
-    def new(self) -> bool:
-        """Whether the next round is one of the first that are there to learn."""
-        return self.rounds in (1, 2, 4, 8, 16)
+    def due(self) -> bool:
+        """Whether it is time for a round that is there to learn."""
+        return self.rounds - self.explored >= min(max(1, self.explored), EXPLORE)
 
 
 def admit(curves: Sequence[NDArray[np.float64]], rows: int, answers: int, context: int, cost: CostModel, away: float, limit: int) -> list[int]:
@@ -79,17 +79,17 @@ class Admission:
     def __init__(self, cost: CostModel) -> None:
         self.cost = cost
         self._hits, self._tries = np.zeros(len(WIDTH)), np.zeros(len(WIDTH))
-        self._gap = 0.0  # mean seconds from a verdict to the next tree
+        self.gap = 0.0  # mean seconds from a verdict to the next tree
         self._queued = 0.0  # share of steps before which the server had nothing to wait for
 
     @property
     def away(self) -> float:
         """Seconds of a session's cycle that pass whatever the length of a step."""
-        return self._gap * (1 - self._queued)
+        return self.gap * (1 - self._queued)
 
     def returned(self, gap: float) -> None:
         """A session's tree came `gap` seconds after the verdict before."""
-        self._gap += STEADY * (min(gap, 4 * self._gap) - self._gap) if self._gap else gap
+        self.gap += STEADY * (min(gap, 4 * self.gap) - self.gap) if self.gap else gap
 
     def paused(self, pause: float, step: float) -> None:
         """`pause` seconds lie between the step before, which took `step` seconds, and this one."""
@@ -122,8 +122,8 @@ class Admission:
         hits = FAST * np.array([s.hits for s in sessions]) + hit
         tries = FAST * np.array([s.tries for s in sessions]) + tried
         for i, s in enumerate(sessions):
-            if admitted[i] and s.rounds >= s.due:  # an edge that streams has no nodes, and may hear no budget but that of every 32nd round
-                s.due = s.rounds + EXPLORE
+            if admitted[i] and s.exploring:  # an edge that streams has no nodes, and may hear no budget but that of every 32nd round
+                s.explored = s.rounds
             s.hits, s.tries, s.rounds = hits[i], tries[i], s.rounds + 1
         kept = SLOW ** sum(n > 0 for n in admitted)  # else those who decode alone would wipe out what drafts have taught
         self._hits, self._tries = kept * self._hits + hit.sum(0), kept * self._tries + tried.sum(0)
@@ -133,5 +133,14 @@ class Admission:
         are those of the step, as in `admit`."""
         most = min(MAX_NODES, max(8, MOST // max(1, len(sessions))))
         found = admit([c[:most] for c in self.curves(sessions)], answers, answers, context, self.cost, self.away, limit)
+        rows = answers + sum(found)
         for s, n in zip(sessions, found, strict=True):
-            s.budget = min(MAX_NODES, max(2 * n + 1, FEW if s.new else 0) if s.exploring else n)
+            more = self._affordable(s, rows, answers, context) if s.due else 0
+            s.budget = min(MAX_NODES, n + more, max(2 * n + 1, FEW if s.explored < EXPLORE else 0))
+            s.exploring = s.budget > n
+
+    def _affordable(self, session: Acceptance, rows: int, answers: int, context: int) -> int:
+        """Nodes that a session may have for learning, beyond those that pay in a step of `rows` rows."""
+        seconds = SPENT * (session.rounds - session.explored) * self.cost.predict(rows, context) / max(1, answers) ** 2
+        slope = self.cost.slope(max(rows, self.cost.knee))
+        return min(MAX_NODES, max(0, self.cost.knee - rows) + (int(seconds / slope) if slope else MAX_NODES))

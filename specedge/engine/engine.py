@@ -151,7 +151,7 @@ class Engine(TextEngine):
         self.line.admit(begun)
         running = [s for s in self.line.running if not s.held]
         batch, jobs, at_work = self.runner.batch(), list[Job](), list[Sequence]()
-        expected = any(not s.batch and (t := s.turn(begun)) is not None and not t.ready for s in running)
+        expected = any(not s.batch and (t := s.turn(begun, self.admission.gap)) is not None and not t.ready for s in running)
         wants, order = self._wants(running, most)
         for grant in schedule(wants, self.runner.sizes.max_rows, self._credit, self.cost, most, expected, order):
             s = running[grant.index]
@@ -180,7 +180,7 @@ class Engine(TextEngine):
         running = [s for s in self.line.running if not s.held]
         if self.guard.behind or any(s.pending > 1 and not s.batch for s in running) or self.line.admissible(now) is not None:
             return None
-        found = [t for s in running if not s.batch and (t := s.turn(now)) is not None]
+        found = [t for s in running if not s.batch and (t := s.turn(now, self.admission.gap)) is not None]
         return found if any(t.ready for t in found) else None
 
     def _wants(self, running: list[Sequence], most: int) -> tuple[list[Want], list[int]]:

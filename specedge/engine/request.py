@@ -4,7 +4,7 @@ Knows nothing of tensors or schedules, and imports no torch.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from specedge.config import SamplingParams
 from specedge.engine.admission import Acceptance
@@ -79,13 +79,14 @@ class Sequence:
     def wants_token(self) -> bool:
         return not self.finish and (self.tree is not None or self.alone)
 
-    def turn(self, now: float) -> Turn | None:
-        """Its place in the rounds of all: ready, expected, or neither."""
+    def turn(self, now: float, usual: float = -1.0) -> Turn | None:
+        """Its place in the rounds of all: ready, expected, or neither. `usual`: the gap of others, for one that had its first verdict only now."""
         if self.wants_token:
             return Turn(True, self.answered if self.alone else self.offered, PLAIN if self.alone else self.rhythm, self.computed)
-        due = self.answered + self.rhythm.gap
-        lost = self.rhythm.gap < 0 or now - due > LOST + self.rhythm.gap + 4 * self.rhythm.spread
-        return None if lost or self.finish else Turn(False, due, self.rhythm, self.computed)
+        rhythm = self.rhythm if self.rhythm.gap >= 0 else replace(self.rhythm, gap=usual, spread=usual / 4)
+        due = self.answered + rhythm.gap
+        lost = rhythm.gap < 0 or not self.answered or now - due > LOST + rhythm.gap + 4 * rhythm.spread
+        return None if lost or self.finish else Turn(False, due, rhythm, self.computed)
 
     @property
     def idle(self) -> bool:

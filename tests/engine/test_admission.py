@@ -3,11 +3,12 @@
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from specedge.engine.admission import GUESS, WIDTH, Acceptance, Admission, admit
+from specedge.engine.admission import GUESS, SPENT, WIDTH, Acceptance, Admission, admit
 from specedge.engine.cost import CostModel
 from specedge.tree import MAX_NODES
 from tests.engine.test_cost import CPU, GPU, Law, feed
@@ -145,6 +146,20 @@ def test_exploring_is_rare_and_small() -> None:
     assert 1 <= tried <= 4 and s.tries.sum() < before + 4
 
 
+@pytest.mark.parametrize("answers", [1, 2, 8])
+def test_exploring_costs_its_share_at_most(answers: int) -> None:
+    cost, rng = Known((0.03, 0.01, 1, 0.0)), np.random.default_rng(6)
+    a, sessions = Admission(cost), [Acceptance() for _ in range(answers)]
+    learn(a, sessions, np.zeros(MAX_NODES), 50, rng)  # so that no node pays
+    spent = 0.0
+    for _ in range(500):
+        counts = a.choose(sessions, [s.budget for s in sessions], answers, answers, 0, 500)
+        spent += cost.predict(answers + sum(counts), 0) - cost.predict(answers, 0)
+        a.learn(sessions, counts, [[]] * answers)
+        a.plan(sessions, answers, 0, 500)
+    assert 0 < spent < SPENT / answers * 550 * cost.predict(answers, 0)
+
+
 def test_a_session_that_streams_is_asked_for_nodes_in_the_end() -> None:
     """An edge that is told 0 nodes leaves 32 tokens to the server, as many as lie between two rounds of exploring, and hears the last budget only."""
     rng, a, s = np.random.default_rng(5), Admission(Known((0.03, 0.01, 1, 0.0))), Acceptance()
@@ -185,5 +200,8 @@ def test_a_learned_cost_serves() -> None:
     cost = CostModel()
     feed(cost, CPU, 300, np.random.default_rng(9))
     a, sessions = Admission(cost), [Acceptance() for _ in range(3)]
-    learn(a, sessions, 0.85 ** np.arange(1, MAX_NODES + 1), 200, np.random.default_rng(10))
+    truth, rng = 0.85 ** np.arange(1, MAX_NODES + 1), np.random.default_rng(10)
+    learn(a, sessions, truth, 200, rng)
+    while any(s.exploring for s in sessions):
+        learn(a, sessions, truth, 1, rng)
     assert 5 <= sum(s.budget for s in sessions) <= 12, "five rows are free beside three roots, and a few more pay"

@@ -34,7 +34,7 @@ def rounds(e: Engine, truth: list[int], nodes: int, honest: bool) -> list[int]:
         done = len(s.tokens) - len(PROMPT)
         chain = [t if honest else (t + 1) % e.vocab for t in truth[done : done + nodes]]
         e.offer(s, make_tree(chain, list(range(len(chain)))))
-        e.admission._gap = 0.0  # its edge is as near as can be
+        e.admission.gap = 0.0  # its edge is as near as can be
         (v,) = e.step()
         rows.append(v.verified)
     assert s.tokens[len(PROMPT) :] == truth
@@ -61,7 +61,7 @@ def test_every_tree_of_a_step_is_judged(model: Path) -> None:
     e.step()
     for s, tree in zip(sequences, trees, strict=True):
         e.offer(s, tree)
-        e.admission._gap, s.acceptance.rounds, s.acceptance.due = 0.0, 20, 40  # nothing is tried out in this round
+        e.admission.gap, s.acceptance.explored, s.acceptance.exploring = 0.0, s.acceptance.rounds, False  # nothing is tried out in this round
     verdicts = e.step(3)
     assert [v.sequence for v in verdicts] == [sequences[0], *sequences[2:]]
     assert sum(v.verified for v in verdicts) < 9, "a row costs as much as a step"
@@ -82,7 +82,7 @@ def test_the_budget_follows(model: Path) -> None:
         s = e.open(PROMPT, PARAMS)
         for _ in range(40):
             e.offer(s, make_tree([1, 2, 3], [0, 0, 0]))
-            e.admission._gap = 0.0
+            e.admission.gap = 0.0
             e.step()
         assert low <= s.acceptance.budget <= high
 
@@ -96,9 +96,9 @@ def test_turns_say_who_is_ready_and_who_is_expected(model: Path) -> None:
     e.step()
     assert e.turns(time.monotonic()) is None, "nobody is ready, and nobody known to come back"
     e.offer(a, EMPTY, at=a.answered + 0.01)
-    now = a.answered + 0.02
-    found = e.turns(now)
-    assert found and [(t.ready, t.at) for t in found] == [(True, a.offered)] and found[0].context == len(PROMPT)
+    found = e.turns(a.answered + 0.02)
+    assert found and [(t.ready, t.at) for t in found] == [(True, a.offered), (False, b.answered + a.rhythm.gap)], "the other is taken to be like it"
+    assert found[0].context == len(PROMPT)
     e.step()
     e.offer(b, EMPTY, at=b.answered + 0.03)
     found = e.turns(a.answered)
