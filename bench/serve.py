@@ -42,6 +42,7 @@ SMALL = ModelConfig(1024, 28, 16, 8, 64, 3072, 151936, 1e-6, 1e4, 8192, True)  #
 PAIRS: dict[str, tuple[ModelConfig | None, ModelConfig | None]] = {  # target and draft; the ratio of their forwards is the paper's, 0.12 to 0.18
     "narrow": (None, None),  # as shipped, for a test of this program
     "0.5b": (SHAPES["0.5b"], ModelConfig(768, 10, 12, 2, 64, 2560, 32000, 1e-6, 1e4, 8192, True)),  # the draft has 97 M
+    "1.5b": (SHAPES["1.5b"], ModelConfig(1024, 14, 16, 2, 64, 3584, 32000, 1e-6, 1e4, 8192, True)),  # the draft has 220 M
     "8b": (ModelConfig(4096, 36, 32, 8, 128, 12288, 151936, 1e-6, 1e6, 8192, False), SMALL),
     "14b": (ModelConfig(5120, 40, 40, 8, 128, 17408, 151936, 1e-6, 1e6, 8192, False), SMALL),
 }

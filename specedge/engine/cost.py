@@ -25,6 +25,7 @@ ENOUGH, SIZES, SPREAD = 24, 3, 4  # a fit is believed after so many passes of so
 EVERY = 8  # passes between fits, which take 0.2 ms
 FLAT = 0.1  # share of `base` that the rows seen must add up to, or no knee is in sight
 UNKNOWN = 0.05  # seconds of a pass when none was seen
+MANY = 1 << 20  # more rows than a pass has
 KNEES = np.unique([round(2 ** (i / 4)) for i in range(41)])  # [K] 1 .. 1024; the sizes of passes are the intervals between them
 SUBSETS = np.array([[i >> c & 1 for c in range(3)] for i in range(1, 8)], bool)  # [7, 3] which of base, slope and read are not zero
 
@@ -105,6 +106,12 @@ class CostModel:
     def knee(self) -> int:
         """Rows up to which a pass costs as much as an empty one."""
         return self._knee
+
+    @property
+    def largest(self) -> int:
+        """Rows beyond which no pass was seen, to about a fifth; 0 at first."""
+        sizes = np.flatnonzero(self._weight)
+        return int(np.append(KNEES, MANY)[sizes[-1]]) if len(sizes) else 0
 
     @property
     def confident(self) -> bool:
