@@ -1,8 +1,8 @@
 """From the logs of one cell of bench/serve.py to its figures: pure functions, without processes or clocks.
 
-A cell runs its texts in waves: as many at once as there are sessions, the next wave when all have ended. Figures of throughput and idleness come from
-the time of each wave in which all sessions were at work: from the last one's first token to the first one's last. So reading prompts is not part of
-them, as in the paper; it shows in the time to the first token.
+A cell runs its texts in waves: as many at once as there are sessions, the next wave when all have ended. Prompts have been read and cached before, as
+in the paper, whose figures begin behind that; how long it took is the time to the first token. Throughput and idleness are those of the time of each
+wave in which all sessions were at work: from the last one's first token to the first one's last.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Window = tuple[float, float]
-Record = dict[str, Any]  # started, times [(when, tokens)], ids, speculation
+Record = dict[str, Any]  # ttft (seconds), started, times [(when, tokens)], ids, speculation
 
 
 def windows(waves: list[list[Record]]) -> list[Window]:
@@ -67,7 +67,7 @@ def figures(waves: list[list[Record]], server: dict[str, Any], edges: list[dict[
         "tokens_per_s": rate,
         "bound_tokens_per_s": came / stepping if stepping and not server["grows"] else rate,  # of a server that never waits
         "tpot_ms": statistics.median(tpot) * 1e3 if tpot else float("nan"),
-        "ttft_ms": statistics.median(r["times"][0][0] - r["started"] for r in records) * 1e3,
+        "ttft_ms": statistics.median(r["ttft"] for r in records) * 1e3,
         "gap_p50_ms": percentile(gaps, 0.5) * 1e3,
         "gap_p99_ms": percentile(gaps, 0.99) * 1e3,
         "tokens_per_round": total / rounds if rounds else 1.0,

@@ -186,7 +186,8 @@ class ServerRole:
         drafter, engine = LoggedDrafter(draft, config, self._tokenizer), self._engine(target, False)
         both = SpeculativeEngine(engine, drafter)
         found = []
-        for wave in waves:
+
+        def run(wave: list[tuple[list[int], SamplingParams]]) -> list[dict[str, Any]]:
             started = time.monotonic()
             texts = [both.begin(prompt, params) for prompt, params in wave]
             times: list[list[tuple[float, int]]] = [[] for _ in texts]
@@ -195,13 +196,21 @@ class ServerRole:
                 for text, at in zip(texts, times, strict=True):
                     at += [(time.monotonic(), len(c.token_ids)) for c in text.chunks]
                     text.chunks.clear()
-            found.append([_record(started, at, t.output.completion) for t, at in zip(texts, times, strict=True) if isinstance(t, DraftedText)])
+            return [_record(started, at, t.output.completion) for t, at in zip(texts, times, strict=True) if isinstance(t, DraftedText)]
+
+        for wave in waves:
+            reading = [_ttft(r) for r in run([(prompt, dataclasses.replace(params, max_tokens=1)) for prompt, params in wave])]
+            found.append([record | {"ttft": ttft} for record, ttft in zip(run(wave), reading, strict=True)])
         log = {"steps": engine.steps, "prompts": engine.prompts, "grows": drafter.grows, "cpu": time.process_time() - begun}
         return found, log
 
 
 def _record(started: float, times: list[tuple[float, int]], completion: Any) -> dict[str, Any]:
     return {"started": started, "times": times, "ids": completion.token_ids, "speculation": dataclasses.asdict(completion.speculation)}
+
+
+def _ttft(record: dict[str, Any]) -> float:
+    return float(record["times"][0][0] - record["started"])
 
 
 class EdgeRole:
@@ -228,6 +237,10 @@ class EdgeRole:
         kind = LoggedDrafter if shared else IndependentDrafter
         self._drafter = kind(self._runner, config, self._tokenizer) if config else None
         self._edge = Edge(f"specedge://{address}", self._drafter, tokenizer=self._tokenizer)
+
+    def read(self, prompt: list[int], params: SamplingParams) -> float:
+        """Have the prompt read, and cached, on both sides; seconds to the first token."""
+        return _ttft(self.go(prompt, dataclasses.replace(params, max_tokens=1)))
 
     def go(self, prompt: list[int], params: SamplingParams) -> dict[str, Any]:
         """One text."""

@@ -35,7 +35,7 @@ from specedge.config import DraftConfig, EngineConfig, ModelConfig, SamplingPara
 ROOT = Path(__file__).parents[1]
 BUSY = 0.70  # of the edges' core: above it they are no machines of their own any more
 FOREIGN = 0.10  # of the server's core, taken by others: above it the server is slower than it was
-PREFIX = 96  # tokens of a prompt
+PREFIX = 129  # tokens of a prompt: two full pages and the root
 FIXED = 6  # draft forwards of the cells whose trees have a given number of nodes
 WARM = 64  # tokens of the texts with which a cell begins and that do not count: engine and drafters believe what they see after 24 passes
 SMALL = ModelConfig(1024, 28, 16, 8, 64, 3072, 151936, 1e-6, 1e4, 8192, True)  # 0.6 B
@@ -204,7 +204,7 @@ class Bench:
             "edge_core_busy": busy[1] if pinned else None, "void": void,
             "drafter": {"tree_size": cell.nodes or a.nodes, "proactive": mode.proactive, "depth": FIXED if cell.nodes else None},
             "world": {"target": self.target_pace, "draft": self.draft_pace, "rtt": cell.network.rtt / 1e3, "pipeline": mode.pipeline,
-                      "admission": not cell.nodes} if mode.drafts == "edge" else None,
+                      "admission": not cell.nodes, "prompt": PREFIX, "cached": True} if mode.drafts == "edge" else None,
             "round_ms": breakdown(rounds(logs)) if mode.drafts == "edge" else {}, "ids": digests, "logs": logs,
         }  # fmt: skip
         return found
@@ -234,8 +234,11 @@ class Bench:
             records = []
             for wave in waves:
                 for edge, request in zip(edges, wave, strict=True):
+                    edge.tell("read", *request)
+                reading = [edge.hear() for edge in edges]
+                for edge, request in zip(edges, wave, strict=True):
                     edge.tell("go", *request)
-                records.append([edge.hear() for edge in edges])
+                records.append([edge.hear() | {"ttft": ttft} for edge, ttft in zip(edges, reading, strict=True)])
             for edge in edges:
                 edge.tell("stop")
             logs = [edge.hear() for edge in edges]

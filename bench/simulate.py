@@ -42,7 +42,7 @@ VOCAB, STATES = 64, 4093  # ids, and (token, position) classes that share a row 
 CONTEXT = 4096  # tokens that a text may have
 PEAKED = 3.0  # standard deviation of the target's logits
 SEED = 7
-PREFIX = 96  # tokens of the prompts of bench/serve.py
+READ = 96  # tokens of the prompts of bench/serve.py where they were read within the waves
 
 
 @dataclass(slots=True)
@@ -109,6 +109,7 @@ class World:
     spread: float = 1.5  # how far that differs between states
     text: int = 0  # tokens of a text, after which all sessions begin another; 0: they end with the run
     prompt: int = 8
+    cached: bool = False  # prompts have been read before a wave of texts begins
 
 
 @dataclass(slots=True, eq=False)
@@ -173,10 +174,18 @@ class Simulation:
     def _wave(self, _: None) -> None:
         """All edges begin a text."""
         self._of.clear()
-        for e in self.edges:
-            i, length = next(self._texts), self.world.text or CONTEXT - 64 - self.world.prompt
+        texts = [next(self._texts) for _ in self.edges]
+        prompts = [[(i * 7919 + k * k) % VOCAB for k in range(self.world.prompt)] for i in texts]
+        if self.world.cached:
+            reading = [self.engine.open(prompt, SamplingParams(max_tokens=1, ignore_eos=True)) for prompt in prompts]
+            for s in reading:
+                self.engine.run_until(s, s.limit)
+            while not all(s.finish for s in reading):
+                self.engine.step()
+        for e, i, prompt in zip(self.edges, texts, prompts, strict=True):
+            length = self.world.text or CONTEXT - 64 - self.world.prompt
             params = SamplingParams(temperature=self.world.temperature, max_tokens=length, ignore_eos=True, seed=i)
-            e.sequence = self.engine.open([(i * 7919 + k * k) % VOCAB for k in range(self.world.prompt)], params)
+            e.sequence = self.engine.open(prompt, params)
             e.session = e.drafter.open(e.sequence.tokens, params, e.sequence.limit)
             if (law := self.engine.cost.law) is not None:  # an edge greets before its first text
                 e.drafter.pace.verify.tell(law)
@@ -327,7 +336,7 @@ def compare(path: Path, only: str) -> Iterator[str]:
             return statistics.median(map(value, group))
 
         first = group[0]
-        world = World(**first["world"], temperature=first["temperature"], text=first["conditions"]["tokens"], prompt=PREFIX)
+        world = World(**{"prompt": READ} | first["world"], temperature=first["temperature"], text=first["conditions"]["tokens"])
         world = replace(
             world, rtt=middle(lambda x: x["round_ms"]["up"] + x["round_ms"]["down"]) / 1e3,
             step_overhead=middle(lambda x: x["step_ms"] / 1e3 - seconds(pace, round(x["rows_per_step"])) - row * x["rows_per_step"]),

@@ -117,8 +117,8 @@ def logs() -> dict[str, Any]:
     """Two edges that alternate: steps of 100 ms, 4 tokens a verdict of 8 rows, 8 ms each way, every second verdict a hit."""
     steps, edges = [], [{"grows": [], "submits": [], "verdicts": [], "late": [0.0], "paced": 0.25} for _ in range(2)]
     wire = []
-    records = [{"started": 0.0, "times": [], "ids": [], "speculation": {"rounds": 10, "hits": 5, "misses": 5, "bytes_up": 512, "bytes_down": 512}}
-               for _ in range(2)]  # fmt: skip
+    spoken = {"rounds": 10, "hits": 5, "misses": 5, "bytes_up": 512, "bytes_down": 512}
+    records: list[dict[str, Any]] = [{"ttft": ttft, "started": 0.0, "times": [], "ids": [], "speculation": spoken} for ttft in (0.3, 0.5)]
     for k in range(20):
         e, begun = k % 2, 1.0 + k * 0.1
         sent = begun - 0.020
@@ -140,7 +140,7 @@ def test_figures_are_those_of_the_log() -> None:
     found = figures(log["records"], log["server"], log["edges"], (3.60, 0.36))
     assert found["tokens_per_s"] == pytest.approx(17 * 4 / 1.7) and found["bound_tokens_per_s"] == pytest.approx(40)
     assert found["tpot_ms"] == pytest.approx(1.8 / 39 * 1e3) and found["gap_p50_ms"] == pytest.approx(200)
-    assert found["ttft_ms"] == pytest.approx((1.11 + 1.21) / 2 * 1e3)
+    assert found["ttft_ms"] == pytest.approx(400)
     assert found["tokens_per_row"] == pytest.approx(0.5) and found["tokens_per_round"] == pytest.approx(4)
     assert found["server_idle"] == pytest.approx(0, abs=1e-9)
     assert found["forward_overhead_ms"] == pytest.approx((0.6 - 0.5) / 20 * 1e3)
@@ -229,6 +229,16 @@ def test_virtual_time_follows_its_world() -> None:
     assert at(sessions=3)["tokens_per_s"] > 1.8 * near["tokens_per_s"]  # rows cost nothing here: all three share a step
 
 
+def test_prompts_can_be_read_before_virtual_time_counts() -> None:
+    """Then the first step of a text has one row of it, and a tree."""
+    first = {}
+    for cached in (False, True):
+        played = Simulation(World([(1, 0.1), (1000, 0.1)], [(1, 0.01), (300, 0.01)], text=8, prompt=129, cached=cached), 1, DraftConfig(tree_size=3))
+        played.run(math.inf, 1)
+        first[cached] = next(rows for *_, rows, answers in played.steps if answers)
+    assert first[True] <= 4 < first[False]
+
+
 def test_an_engine_finds_out_what_rows_cost() -> None:
     """In its first text of 64 tokens, from a prior by which a row costs an eighth of a step."""
     rows = {}
@@ -245,7 +255,7 @@ def test_a_run_in_virtual_time_is_recognised(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(simulate, "RUNS", 1)
     monkeypatch.setattr(simulate, "FITS", 1)
     given = {"target": [(1, 0.1), (64, 0.1)], "draft": [(1, 0.01), (300, 0.01)], "rtt": 0.01, "pipeline": True, "admission": True}
-    played = Simulation(World(**given | {"rtt": 0.1}, text=32, prompt=simulate.PREFIX), 1, DraftConfig(tree_size=7))
+    played = Simulation(World(**given | {"rtt": 0.1}, text=32, prompt=simulate.READ), 1, DraftConfig(tree_size=7))
     played.run(math.inf, 2)
     found = played.figures() | {"step_ms": 102.0, "forward_overhead_ms": 1.0, "round_ms": {"up": 50.0, "down": 50.0}}
     cell = {"kind": "cell", "cell": "a", "void": "", "world": given, "temperature": 0.7, "sessions": 1, "conditions": {"tokens": 32}}
