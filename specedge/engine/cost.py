@@ -23,6 +23,7 @@ HALF_LIFE = 512  # passes after which an observation counts half
 KEPT = 1.0  # observations of a size of pass that are never forgotten: a server that runs one size only still knows the slope
 ENOUGH, SIZES, SPREAD = 24, 3, 4  # a fit is believed after so many passes of so many sizes, the largest so many times the smallest
 EVERY = 8  # passes between fits, which take 0.2 ms
+NOISE = 0.01  # relative error of a fit that nobody can tell from none
 FLAT = 0.1  # share of `base` that the rows seen must add up to, or no knee is in sight
 UNKNOWN = 0.05  # seconds of a pass when none was seen
 MANY = 1 << 20  # more rows than a pass has
@@ -50,7 +51,8 @@ class CostModel:
         self._share, self._prior_knee = share, knee
         self._base, self._slope, self._read, self._knee = UNKNOWN, share * UNKNOWN, 0.0, knee
         self._seen = 0
-        self._fitted = self._told = False
+        self._fitted = False
+        self.told = False  # whether the law was somebody else's at first
         self._error = self._bias = 0.0  # running means of relative errors: how far they scatter, and they themselves
         self._weight = np.zeros(len(KNEES) + 1)  # [sizes] observations, as far as they are remembered
         self._moments = np.zeros((len(KNEES) + 1, 4, 4))  # [sizes] sums of z z' over z = (1, rows, context, seconds) / seconds predicted
@@ -82,7 +84,7 @@ class CostModel:
     def tell(self, law: Law) -> None:
         """Expect passes to follow `law`, somebody else's fit, until there is one of these passes; they correct its level from the first on."""
         if not self._fitted:
-            self._told, self._share, self._prior_knee = True, law.slope / law.base, law.knee
+            self.told, self._share, self._prior_knee = True, law.slope / law.base, law.knee
             self._base, self._slope, self._knee = law.base, law.slope, law.knee
 
     @property
@@ -116,7 +118,7 @@ class CostModel:
     @property
     def confident(self) -> bool:
         """Whether predictions come from observations, or from somebody's who has made some, and not from the default."""
-        return self._fitted or self._told
+        return self._fitted or self.told
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -139,7 +141,8 @@ class CostModel:
             self._base, self._slope = unit, self._share * unit
             return
         found, loss = _solve(self._moments[: sizes[-1] + 1])
-        best = int(np.argmax(loss <= 1.001 * loss.min()))
+        equal = np.flatnonzero(loss <= 1.001 * loss.min() + NOISE**2 * self._weight.sum())
+        best = int(equal[len(equal) // 2])
         base, slope, read = map(float, found[best])
         self._base, self._slope, self._read, self._knee = max(base, 1e-9), slope, read, int(KNEES[best])
         if slope * (high - self._knee) < FLAT * self._base:

@@ -200,11 +200,19 @@ class Drafter:
         most = min(most, self.config.tree_size)
         if self.config.depth is not None:
             return most
-        if not self.pace.verify.confident and self._rounds < TRIES:
+        if self.trying:
             return max(1, (most + 1) // TRIED[self._rounds % len(TRIED)]) - 1
         rate = session.rate
         outside = rate.outside / rate.rounds if rate.rounds else self.pace.around
-        return optimum(self._scores(session, most)[::-1], outside, self.pace.verify, session.others, len(session.tokens))
+        n = optimum(self._scores(session, most)[::-1], outside, self.pace.verify, session.others, len(session.tokens))
+        if not self.pace.verify.told and session.others + n + 1 >= self.pace.verify.largest:
+            n = min(2 * n + 1, most)  # nobody knows what more rows take, and that they pay would never be found out
+        return n
+
+    @property
+    def trying(self) -> bool:
+        """Whether trees of several sizes are tried in turn, because nobody knows yet what rows cost."""
+        return not self.pace.verify.confident and self._rounds < TRIES
 
     def sleep(self, session: Session, asleep: bool) -> None:
         """Stop, or begin again, to draft for a session whose text somebody else continues; what comes of it is still told by `verdict`."""

@@ -135,3 +135,27 @@ def test_a_law_that_was_told_holds_until_there_is_a_fit() -> None:
     before = theirs.law
     theirs.tell(Told(1.0, 1.0, 1))
     assert theirs.law == before
+
+
+def test_between_the_sizes_seen_a_row_is_neither_free_nor_dear() -> None:
+    """Trees of a few rows and whole prompts fit a knee anywhere between them. In the middle, what it lets pass shows where it is."""
+    of: Law = (0.085, 0.0013, 64, 0.0)
+    model = CostModel()
+    for i in range(200):
+        model.observe(129 if i % 20 == 0 else 1 + i % 12, 100, law(of, 129 if i % 20 == 0 else 1 + i % 12, 100))
+    assert 20 <= model.knee <= 90 and model.largest >= 129
+    while model.knee < 50:
+        rows, knee = model.knee, model.knee
+        for _ in range(16):
+            model.observe(rows, 100, law(of, rows, 100))
+        assert model.knee > knee
+
+
+def test_the_largest_pass_seen_is_known() -> None:
+    model = CostModel()
+    assert model.largest == 0
+    for rows in (3, 40, 7):
+        model.observe(rows, 0, 0.01)
+    assert 40 <= model.largest <= 48
+    model.observe(5000, 0, 0.01)
+    assert model.largest > 5000

@@ -530,3 +530,22 @@ def test_who_sleeps_is_not_drafted_for() -> None:
     d.sleep(a, False)
     assert not d.ready(a) and d.grow()
     audit(d, a)
+
+
+def test_trees_grow_beyond_the_passes_that_were_seen() -> None:
+    """Where all passes so far took the same time a larger one is tried, and it decides."""
+    sizes = {}
+    for row in (0.0, 0.02):
+        d, _ = paced(tree_size=31)
+        s = d.open([1, 2, 3], SamplingParams(0.0, 390, seed=3), 393)
+        assert s is not None
+        for _ in range(6):
+            d.grow()
+        for i in range(48):
+            d.pace.verify.observe(1 + i % 8, 10, 0.1)
+        tried = d.size(s, 31)
+        assert 8 <= tried < 31
+        for _ in range(24):
+            d.pace.verify.observe(tried + 1, 10, 0.1 + row * (tried - 7))
+        sizes[row] = d.size(s, 31)
+    assert sizes[0.02] < tried < sizes[0.0]
