@@ -24,7 +24,7 @@ class Autopilot:
     def __init__(self) -> None:
         self._plain = [0.0, 0.0]  # tokens, seconds: of the server alone
         self._drafted = [0.0, 0.0, 0.0]  # tokens, seconds, rounds: with drafts, since they were last taken up
-        self._rounds = self._accepted = 0  # since then
+        self._rounds = self._tried = self._accepted = 0  # since then: rounds whose time is known, all rounds, tokens of these
         self._floor = math.inf  # the shortest step that the server has told of: alone it is not slower
         self._pause = FIRST
         self._alone = 0  # tokens that are still to come from the server
@@ -48,25 +48,27 @@ class Autopilot:
         self._alone -= tokens
 
     def drafted(self, tokens: int, seconds: float | None, step: float) -> None:
-        """A round brought `tokens`, `seconds` after those before; None: nobody knows. The server's step took `step` seconds, 0: it did not say."""
+        """A round brought `tokens`, `seconds` after those before; None: nobody knows, or it was there to learn what rows cost and is no measure. The
+        server's step took `step` seconds, 0: it did not say."""
         if self._alone > 0:  # another text's last tree came back after the decision
             return
-        self._rounds += 1
+        self._tried += 1
         self._accepted += tokens - 1
         self._floor = min(self._floor, step or math.inf)
         if seconds is not None:
+            self._rounds += 1
             if self._drafted[2] > 3:
                 seconds = min(seconds, OUTAGE * self._drafted[1] / self._drafted[2])
             self._drafted = [FORGET * old + new for old, new in zip(self._drafted, (tokens, seconds, 1), strict=True)]
-        if self._rounds == TRIAL and not self._plain[1] and self._pays():
+        if seconds is not None and self._rounds == TRIAL and not self._plain[1] and self._pays():
             self._alone = LOOK
         elif not self._pays():
             self._alone = self._pause
             self._pause = min(LONGEST, GROWTH * self._pause)
-            self._drafted, self._rounds, self._accepted = [0.0, 0.0, 0.0], 0, 0
+            self._drafted, self._rounds, self._tried, self._accepted = [0.0, 0.0, 0.0], 0, 0, 0
 
     def _pays(self) -> bool:
-        if self._rounds >= (2 if self.on_trial else 3) and self._accepted == 0:
+        if self._tried >= (2 if self.on_trial else 3) and self._accepted == 0:
             return False  # a round for every token: the server needs no trip for that
         tokens, seconds, rounds = self._drafted
         plain = self._plain[0] / self._plain[1] if self._plain[1] else 1 / self._floor

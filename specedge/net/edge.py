@@ -410,7 +410,8 @@ class Edge:
         if self._pilot is not None and step.served is not None:  # else it was caught up with after a loss
             seconds = None if before is None else now - before
             if not text.alone:
-                self._pilot.drafted(len(step.path) + len(step.tokens), seconds, step.served.seconds)
+                measured = None if self._drafter is None or self._drafter.trying else seconds
+                self._pilot.drafted(len(step.path) + len(step.tokens), measured, step.served.seconds)
             elif text.session.asleep:  # else the draft reads, and verdicts wait for its forwards: these times say nothing
                 self._pilot.streamed(len(step.tokens), seconds if text.streaming else None)
                 text.streaming = True

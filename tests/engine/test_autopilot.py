@@ -104,3 +104,18 @@ def test_the_first_failure_is_forgiven_soon() -> None:
     assert pilot.alone == FIRST
     pilot.streamed(FIRST, 1.0)
     assert pilot.alone == 0 and pilot.on_trial
+
+
+def test_what_is_there_to_learn_is_no_measure() -> None:
+    """Trees of all sizes, on a server of which nobody knows what its rows cost, do not end drafting; drafts of which nothing is accepted do."""
+    pilot = Autopilot()
+    for _ in range(24):
+        pilot.drafted(2, None, STEP)
+    assert pilot.alone == 0
+    for _ in range(7):
+        pilot.drafted(4, 2 * STEP, STEP)
+        assert pilot.alone == 0
+    pilot = Autopilot()
+    for _ in range(3):
+        pilot.drafted(1, None, STEP)
+    assert pilot.alone == FIRST
