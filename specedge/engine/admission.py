@@ -104,13 +104,15 @@ class Admission:
         return np.asarray(np.minimum(by_class, 1.0)[:, CLASS])
 
     def choose(self, sessions: Sequence[Acceptance], offered: Sequence[int], rows: int, answers: int, context: int, limit: int) -> list[int]:
-        """Nodes admitted of trees of `offered` nodes; the other arguments as in `admit`. A session that explores comes first, with the nodes of its
-        budget."""
+        """Nodes admitted of trees of `offered` nodes; the other arguments as in `admit`. A session that explores has the nodes of its budget,
+        whose price `plan` has looked at: by a law that takes rows never seen for dear not even sure ones would pay."""
         curves = [curve[:n] for curve, n in zip(self.curves(sessions), offered, strict=True)]
-        for s, curve in zip(sessions, curves, strict=True):
-            if s.exploring:
-                curve[: s.budget] = 1.0
-        return admit(curves, rows, answers, context, self.cost, self.away, limit)
+        found = admit(curves, rows, answers, context, self.cost, self.away, limit)
+        free = limit - sum(found)
+        for i, s in enumerate(sessions):
+            if s.exploring and (more := min(free, min(s.budget, offered[i]) - found[i])) > 0:
+                found[i], free = found[i] + more, free - more
+        return found
 
     def learn(self, sessions: Sequence[Acceptance], admitted: Sequence[int], accepted: Sequence[Sequence[int]]) -> None:
         """What a step taught: of the first `admitted` nodes of every session's tree those of ranks `accepted` were on its path."""

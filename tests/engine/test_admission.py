@@ -147,6 +147,23 @@ def test_exploring_is_rare_and_small() -> None:
     assert 1 <= tried <= 4 and s.tries.sum() < before + 4
 
 
+def test_rows_that_were_never_seen_are_tried_out() -> None:
+    """Up to 16 rows all passes took the same time, and beyond a row is taken to cost an eighth of it; in truth it is free."""
+    cost, rng = CostModel(), np.random.default_rng(7)
+    for i in range(200):
+        cost.observe(1 + i % 16, 100, 0.1)
+    a, s = Admission(cost), Acceptance()
+    truth = np.full(MAX_NODES, 0.5)
+    learn(a, [s], truth, 1, rng, 15)
+    before = cost.largest
+    for _ in range(100):
+        (n,) = a.choose([s], [min(255, s.budget)], 1, 1, 100, 500)
+        cost.observe(1 + n, 100, 0.1)
+        a.learn([s], [n], [[i + 1 for i in range(n) if rng.random() < truth[i]]])
+        a.plan([s], 1, 100, 500)
+    assert before <= 16 and cost.largest > 100 and s.budget > 60
+
+
 @pytest.mark.parametrize("answers", [1, 2, 8])
 def test_exploring_costs_its_share_at_most(answers: int) -> None:
     cost, rng = Known((0.03, 0.01, 1, 0.0)), np.random.default_rng(6)
