@@ -1,6 +1,7 @@
 """The real engine, scheduler, pipeline and drafters in virtual time: a thousand edges on a laptop.
 
     python -m bench.simulate --sessions 1 2 4 8 1000
+    python -m bench.simulate --sessions 1 2 --co-located   # and how many times the tokens of a server that drafts for itself
     python -m bench.simulate --like build/serve.jsonl      # with the times and the acceptance of a real run, and compared with it
 
 Only the models are stand-ins, tables of logits by token and position, and the clock: a pass takes the time that was measured for its rows, a message
@@ -37,9 +38,11 @@ from specedge.engine.pace import Served
 from specedge.engine.pipeline import Pipeline
 from specedge.engine.request import Sequence, Verdict
 from specedge.engine.scheduler import ALL
+from specedge.engine.speculative import SpeculativeEngine
 
 VOCAB, STATES = 64, 4093  # ids, and (token, position) classes that share a row of logits
 CONTEXT = 4096  # tokens that a text may have
+TEXT = 128  # that those of the co-located mode have
 PEAKED = 3.0  # standard deviation of the target's logits
 SEED = 7
 READ = 96  # tokens of the prompts of bench/serve.py where they were read within the waves
@@ -293,6 +296,30 @@ def play(world: World, sessions: int, config: DraftConfig, until: float) -> dict
     return simulation.figures(until / 5)
 
 
+GRID = [(depth, size) for depth in (1, 2, 3, 4, 6, 8) for size in (4, 8, 16, 31) if depth <= size]
+
+
+def co_located(world: World, depth: int, size: int, texts: int = 4) -> tuple[float, float]:
+    """Tokens a second, and a round, of one session on a server that drafts and verifies in turns, trees of `size` nodes after `depth` forwards."""
+    clock, tables_ = Clock(), tables(world.error, world.spread)
+    sizes = EngineConfig(kv_tokens=CONTEXT, max_rows=256, admission=False)
+    draft = Table(tables_[1], sizes, MAX_ROWS_PER_TREE, world.draft, (world.forward_overhead, 0.0), clock)
+    config = DraftConfig(tree_size=size, depth=depth, max_sessions=1, proactive=False, autopilot=False, engine=sizes)
+    engine = Engine(Table(tables_[0], sizes, 256, world.target, (world.step_overhead, world.row_overhead), clock))  # type: ignore[arg-type]
+    both = SpeculativeEngine(engine, Drafter(draft, config, None, clock.monotonic))  # type: ignore[arg-type]
+    took, tokens, rounds = 0.0, 0, 0
+    for i in range(texts):
+        params = SamplingParams(temperature=world.temperature, max_tokens=TEXT, ignore_eos=True, seed=i)
+        text = both.begin([(i * 7919 + k * k) % VOCAB for k in range(world.prompt)], params)
+        both.advance()
+        begun, first = clock.now, len(text.output.token_ids)
+        while text.output.completion is None:
+            both.advance()
+        took, tokens = took + clock.now - begun, tokens + TEXT - first
+        rounds += text.output.speculation.rounds - 1
+    return tokens / took, tokens / rounds
+
+
 RUNS, FITS, NEAR = 4, 8, 0.04  # runs of a cell that are played, times at most to find a draft like the real one, and how near it must be
 
 
@@ -366,6 +393,8 @@ def main() -> None:
     p.add_argument("--width", type=int, default=8, help="rows of a draft forward; with 32 a thousand sessions take a third of the time to play")
     p.add_argument("--error", type=float, default=0.3, help="of the draft's logits, in standard deviations of the target's")
     p.add_argument("--seconds", type=float, default=20.0, help="to play")
+    p.add_argument("--spread", type=float, default=World.spread, help="of that error between places, the deviation of its logarithm")
+    p.add_argument("--co-located", action="store_true", help="also a server that drafts for itself, the best of a grid of depths and sizes")
     p.add_argument("--no-pipeline", dest="pipeline", action="store_false")
     p.add_argument("--like", type=Path, help="file of a real run: take its times and acceptance, and compare")
     p.add_argument("--only", default="", help="such of its cells whose name has this part")
@@ -377,10 +406,18 @@ def main() -> None:
     gc.set_threshold(200_000, 20, 100)  # nodes are many and live long: a thousand sessions take 32 s in place of 41 for their first 3
     target = [(rows, ms / 1e3) for rows, ms in zip((1, 64, 1024), args.target_ms, strict=True)]
     draft = [(1, args.draft_ms / 1e3), (256, args.draft_ms / 1e3)]
-    world = World(target, draft, args.rtt / 1e3, temperature=args.temperature, pipeline=args.pipeline, error=args.error)
-    found = {}
+    world = World(target, draft, args.rtt / 1e3, temperature=args.temperature, pipeline=args.pipeline, error=args.error, spread=args.spread)
+    found: dict[object, Any] = {}
+    base = 0.0
+    if args.co_located:
+        (base, tokens), depth, size = max((co_located(world, *key), *key) for key in GRID)
+        found["co-located"] = {"tokens_per_s": base, "tokens_per_round": tokens, "depth": depth, "size": size}
+        print("co-located: " + ", ".join(f"{name} {value:.3g}" for name, value in found["co-located"].items()), flush=True)
     for n in args.sessions:
         found[n] = play(world, n, DraftConfig(tree_size=args.nodes, width=args.width), args.seconds)
+        if base:
+            rate = found[n]["tokens_per_s"] / base
+            found[n] |= {"over_co_located": rate, "tpot_over_co_located": n / rate}
         print(f"{n} sessions: " + ", ".join(f"{name} {value:.3g}" for name, value in found[n].items()), flush=True)
     print(json.dumps(found))
 

@@ -20,7 +20,7 @@ from bench.cells import breakdown, figures, rounds, windows
 from bench.claims import claims, group, report
 from bench.logged import IndependentDrafter, LoggedDrafter, seconds, single_guess
 from bench.serve import Results, conclude
-from bench.simulate import Simulation, World, play
+from bench.simulate import Simulation, World, co_located, play
 from bench.timeline import draw, perfetto
 from bench.wan import Network, Wan
 from specedge.config import DraftConfig, EngineConfig, SamplingParams
@@ -227,6 +227,14 @@ def test_virtual_time_follows_its_world() -> None:
     assert near["server_idle"] < far["server_idle"] and near["tokens_per_s"] > far["tokens_per_s"]
     assert far["server_idle"] >= 0.4 / (0.4 + 0.102) * 0.9  # one session: nothing to do while its messages travel
     assert at(sessions=3)["tokens_per_s"] > 1.8 * near["tokens_per_s"]  # rows cost nothing here: all three share a step
+
+
+def test_a_server_drafts_for_itself_in_virtual_time() -> None:
+    """Forward by forward, then a pass: the tokens of a round over the time of both."""
+    world = World([(1, 0.1), (1000, 0.1)], [(1, 0.02), (300, 0.02)], step_overhead=0.0, forward_overhead=0.0)
+    rate, tokens = co_located(world, 2, 7, 1)
+    assert rate == pytest.approx(tokens / 0.14, rel=0.1) and 1.2 < tokens < 3.01
+    assert co_located(replace(world, error=3.0), 2, 7, 1)[1] < tokens < co_located(world, 6, 31, 1)[1]
 
 
 def test_prompts_can_be_read_before_virtual_time_counts() -> None:
