@@ -27,7 +27,7 @@ from specedge.engine.calibration import Calibration
 from specedge.engine.graphs import make_scorer
 from specedge.engine.hub import locate
 from specedge.engine.model import Abandoned
-from specedge.engine.pace import Pace, Rate, Served, gain, optimum
+from specedge.engine.pace import Pace, Rate, Served, beyond, gain, optimum
 from specedge.engine.pages import PagePool, PageTable
 from specedge.engine.runner import Runner
 from specedge.engine.sampler import Ask
@@ -205,9 +205,7 @@ class Drafter:
         rate = session.rate
         outside = rate.outside / rate.rounds if rate.rounds else self.pace.around
         n = optimum(self._scores(session, most)[::-1], outside, self.pace.verify, session.others, len(session.tokens))
-        if not self.pace.verify.told and session.others + n + 1 >= self.pace.verify.largest:
-            n = min(2 * n + 1, most)  # nobody knows what more rows take, and that they pay would never be found out
-        return n
+        return min(most, beyond(n, self.pace.verify, session.others))
 
     @property
     def trying(self) -> bool:

@@ -92,6 +92,12 @@ def optimum(scores: Sequence[float], outside: float, verify: CostModel, others: 
     return size
 
 
+def beyond(nodes: int, verify: CostModel, others: int) -> int:
+    """How many to send where `nodes` are best: twice as many and one where nobody knows what so many rows take, for that they pay would never be
+    found out."""
+    return nodes if verify.told or others + nodes + 1 < verify.largest else 2 * nodes + 1
+
+
 def gain(scores: Sequence[float], rows: Sequence[float], usual: Sequence[float], nodes: int) -> float:
     """What a forward over candidates of scores `rows` will add to the sum of the `nodes` best, now `scores`, if their children are accepted as
     `usual` for their ranks: those that get among the best take the places of the worst."""
