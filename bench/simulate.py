@@ -31,13 +31,13 @@ from bench.cells import overlap, windows
 from bench.logged import Pace, seconds
 from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, EngineConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
+from specedge.engine.cost import ALL
 from specedge.engine.drafter import Drafter, Session
 from specedge.engine.engine import Engine
 from specedge.engine.model import Abandoned
 from specedge.engine.pace import Served
 from specedge.engine.pipeline import Pipeline
 from specedge.engine.request import Sequence, Verdict
-from specedge.engine.scheduler import ALL
 from specedge.engine.speculative import SpeculativeEngine
 
 VOCAB, STATES = 64, 4093  # ids, and (token, position) classes that share a row of logits
@@ -115,6 +115,11 @@ class World:
     cached: bool = False  # prompts have been read before a wave of texts begins
 
 
+def prompt_of(text: int, world: World) -> list[int]:
+    """The prompt of a text, by its number."""
+    return [(text * 7919 + k * k) % VOCAB for k in range(world.prompt)]
+
+
 @dataclass(slots=True, eq=False)
 class Edge:
     """One edge: the loop of net/edge.py without its sockets and its autopilot."""
@@ -178,13 +183,9 @@ class Simulation:
         """All edges begin a text."""
         self._of.clear()
         texts = [next(self._texts) for _ in self.edges]
-        prompts = [[(i * 7919 + k * k) % VOCAB for k in range(self.world.prompt)] for i in texts]
+        prompts = [prompt_of(i, self.world) for i in texts]
         if self.world.cached:
-            reading = [self.engine.open(prompt, SamplingParams(max_tokens=1, ignore_eos=True)) for prompt in prompts]
-            for s in reading:
-                self.engine.run_until(s, s.limit)
-            while not all(s.finish for s in reading):
-                self.engine.step()
+            self.engine.generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True))
         for e, i, prompt in zip(self.edges, texts, prompts, strict=True):
             length = self.world.text or CONTEXT - 64 - self.world.prompt
             params = SamplingParams(temperature=self.world.temperature, max_tokens=length, ignore_eos=True, seed=i)
@@ -301,16 +302,16 @@ GRID = [(depth, size) for depth in (1, 2, 3, 4, 6, 8) for size in (4, 8, 16, 31)
 
 def co_located(world: World, depth: int, size: int, texts: int = 4) -> tuple[float, float]:
     """Tokens a second, and a round, of one session on a server that drafts and verifies in turns, trees of `size` nodes after `depth` forwards."""
-    clock, tables_ = Clock(), tables(world.error, world.spread)
+    clock, (target, draft) = Clock(), tables(world.error, world.spread)
     sizes = EngineConfig(kv_tokens=CONTEXT, max_rows=256, admission=False)
-    draft = Table(tables_[1], sizes, MAX_ROWS_PER_TREE, world.draft, (world.forward_overhead, 0.0), clock)
+    verifies = Table(target, sizes, 256, world.target, (world.step_overhead, world.row_overhead), clock)
+    drafts = Table(draft, sizes, MAX_ROWS_PER_TREE, world.draft, (world.forward_overhead, 0.0), clock)
     config = DraftConfig(tree_size=size, depth=depth, max_sessions=1, proactive=False, autopilot=False, engine=sizes)
-    engine = Engine(Table(tables_[0], sizes, 256, world.target, (world.step_overhead, world.row_overhead), clock))  # type: ignore[arg-type]
-    both = SpeculativeEngine(engine, Drafter(draft, config, None, clock.monotonic))  # type: ignore[arg-type]
+    both = SpeculativeEngine(Engine(verifies), Drafter(drafts, config, None, clock.monotonic))  # type: ignore[arg-type]
     took, tokens, rounds = 0.0, 0, 0
     for i in range(texts):
         params = SamplingParams(temperature=world.temperature, max_tokens=TEXT, ignore_eos=True, seed=i)
-        text = both.begin([(i * 7919 + k * k) % VOCAB for k in range(world.prompt)], params)
+        text = both.begin(prompt_of(i, world), params)
         both.advance()
         begun, first = clock.now, len(text.output.token_ids)
         while text.output.completion is None:

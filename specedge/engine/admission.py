@@ -147,5 +147,4 @@ class Admission:
         if rows >= self.cost.largest:
             return MAX_NODES
         seconds = SPENT * (session.rounds - session.explored) * self.cost.predict(rows, context) / max(1, answers) ** 2
-        slope = self.cost.slope(max(rows, self.cost.knee))
-        return min(MAX_NODES, max(0, self.cost.knee - rows) + (int(seconds / slope) if slope else MAX_NODES))
+        return min(MAX_NODES, self.cost.room(rows, seconds))

@@ -26,8 +26,9 @@ EVERY = 8  # passes between fits, which take 0.2 ms
 NOISE = 0.01  # relative error of a fit that nobody can tell from none
 FLAT = 0.1  # share of `base` that the rows seen must add up to, or no knee is in sight
 UNKNOWN = 0.05  # seconds of a pass when none was seen
-MANY = 1 << 20  # more rows than a pass has
+ALL = 1 << 20  # more rows, or sequences, than there are
 KNEES = np.unique([round(2 ** (i / 4)) for i in range(41)])  # [K] 1 .. 1024; the sizes of passes are the intervals between them
+TOPS = np.append(KNEES, ALL)  # [K + 1] rows that the passes of a size have at most
 SUBSETS = np.array([[i >> c & 1 for c in range(3)] for i in range(1, 8)], bool)  # [7, 3] which of base, slope and read are not zero
 
 
@@ -104,6 +105,11 @@ class CostModel:
         """Seconds that one row more adds to a pass of `rows` rows."""
         return self._slope if rows >= self._knee else 0.0
 
+    def room(self, rows: int, seconds: float) -> int:
+        """How many more than `rows` rows take `seconds` more: those left under the knee, and so many beyond; at least ALL if rows are free."""
+        slope = self.slope(max(rows, self._knee))
+        return max(0, self._knee - rows) + (int(min(seconds / slope, ALL)) if slope > 0 else ALL)
+
     @property
     def knee(self) -> int:
         """Rows up to which a pass costs as much as an empty one."""
@@ -113,7 +119,7 @@ class CostModel:
     def largest(self) -> int:
         """Rows beyond which no pass was seen, to about a fifth; 0 at first."""
         sizes = np.flatnonzero(self._weight)
-        return int(np.append(KNEES, MANY)[sizes[-1]]) if len(sizes) else 0
+        return int(TOPS[sizes[-1]]) if len(sizes) else 0
 
     @property
     def confident(self) -> bool:

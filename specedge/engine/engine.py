@@ -9,14 +9,14 @@ any. Invariant: the text of a sequence is a function of model, tokens, parameter
 """
 
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from specedge.config import EngineConfig, SamplingParams, is_batch
 from specedge.engine.admission import Admission
 from specedge.engine.batch import BatchBuilder
-from specedge.engine.cost import CostModel
+from specedge.engine.cost import ALL, CostModel
 from specedge.engine.graphs import make_verifier
 from specedge.engine.hub import locate
 from specedge.engine.line import Line
@@ -24,7 +24,7 @@ from specedge.engine.pages import PagePool
 from specedge.engine.pipeline import Turn
 from specedge.engine.request import Account, Output, Sequence, Verdict
 from specedge.engine.runner import Runner
-from specedge.engine.scheduler import ALL, LEAST, Grant, Want, owed_to_prompts, schedule, turns
+from specedge.engine.scheduler import LEAST, Grant, Want, owed_to_prompts, schedule, turns
 from specedge.engine.texts import Guard, RequestError, Text, TextEngine, alone
 from specedge.engine.verify import Found, Job
 from specedge.text import Tokenizer
@@ -151,7 +151,7 @@ class Engine(TextEngine):
         self.line.admit(begun)
         running = [s for s in self.line.running if not s.held]
         batch, jobs, at_work = self.runner.batch(), list[Job](), list[Sequence]()
-        expected = any(not s.batch and (t := s.turn(begun, self.admission.gap)) is not None and not t.ready for s in running)
+        expected = any(not t.ready for t in self._turns(running, begun))
         wants, order = self._wants(running, most)
         for grant in schedule(wants, self.runner.sizes.max_rows, self._credit, self.cost, most, expected, order):
             s = running[grant.index]
@@ -180,8 +180,11 @@ class Engine(TextEngine):
         running = [s for s in self.line.running if not s.held]
         if self.guard.behind or any(s.pending > 1 and not s.batch for s in running) or self.line.admissible(now) is not None:
             return None
-        found = [t for s in running if not s.batch and (t := s.turn(now, self.admission.gap)) is not None]
+        found = list(self._turns(running, now))
         return found if any(t.ready for t in found) else None
+
+    def _turns(self, running: list[Sequence], now: float) -> Iterator[Turn]:
+        return (t for s in running if not s.batch and (t := s.turn(now, self.admission.gap)) is not None)
 
     def _wants(self, running: list[Sequence], most: int) -> tuple[list[Want], list[int]]:
         """What each wants of the next step, of its tree the nodes that are worth their rows beside those of the others whose turn it is; and the

@@ -79,13 +79,13 @@ class Sequence:
     def wants_token(self) -> bool:
         return not self.finish and (self.tree is not None or self.alone)
 
-    def turn(self, now: float, usual: float = -1.0) -> Turn | None:
+    def turn(self, now: float, usual: float) -> Turn | None:
         """Its place in the rounds of all: ready, expected, or neither. `usual`: the gap of others, for one that had its first verdict only now."""
         if self.wants_token:
             return Turn(True, self.answered if self.alone else self.offered, PLAIN if self.alone else self.rhythm, self.computed)
         rhythm = self.rhythm if self.rhythm.gap >= 0 else replace(self.rhythm, gap=usual, spread=usual / 4)
         due = self.answered + rhythm.gap
-        lost = rhythm.gap < 0 or not self.answered or now - due > LOST + rhythm.gap + 4 * rhythm.spread
+        lost = not self.answered or now - due > LOST + rhythm.gap + 4 * rhythm.spread
         return None if lost or self.finish else Turn(False, due, rhythm, self.computed)
 
     @property

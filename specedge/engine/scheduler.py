@@ -11,10 +11,9 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from specedge.config import MAX_ROWS_PER_TREE
-from specedge.engine.cost import CostModel
+from specedge.engine.cost import ALL, CostModel
 
 CHUNK_BESIDE_TREES = 64  # prompt rows in a step that also verifies, as long as the time of a step is not known
-ALL = 1 << 20  # more rows, or sequences, than there are
 STALL = 4  # empty steps that a step of prompts alone may take while rounds of others are expected
 LEAST = 16  # such rows at least, however many are verified: no prompt starves
 
@@ -108,20 +107,14 @@ def chunk(rows: int, answers: int, prompts: int, cost: CostModel | None) -> int:
     if cost is None or not cost.confident:
         return CHUNK_BESIDE_TREES
     time = min(1.0, prompts / answers) * cost.predict(rows, 0)
-    return max(LEAST, max(0, cost.knee - rows) + _rows_within(time, max(rows, cost.knee), cost))
+    return max(LEAST, cost.room(rows, time))
 
 
 def chunk_alone(expected: bool, cost: CostModel | None) -> int:
     """Prompt rows of a step without answers: a whole step, but for `expected`."""
     if not expected or cost is None or not cost.confident:
         return ALL
-    return cost.knee + _rows_within((STALL - 1) * cost.predict(1, 0), cost.knee, cost)
-
-
-def _rows_within(time: float, rows: int, cost: CostModel) -> int:
-    """How many more than `rows` rows take `time` seconds more."""
-    slope = cost.slope(rows)
-    return int(min(time / slope, ALL)) if slope > 0 else ALL
+    return cost.room(0, (STALL - 1) * cost.predict(1, 0))
 
 
 def owed_to_prompts(waiting: int, max_rows: int) -> int:

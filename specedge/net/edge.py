@@ -404,14 +404,13 @@ class Edge:
 
     def _learn(self, text: Text, step: Step) -> None:
         """Tell the autopilot how fast this text goes on, and follow it where a round has ended."""
-        assert text.session is not None
+        assert text.session is not None and self._drafter is not None
         now, before = time.monotonic(), text.heard
         text.heard = now
         if self._pilot is not None and step.served is not None:  # else it was caught up with after a loss
             seconds = None if before is None else now - before
             if not text.alone:
-                measured = None if self._drafter is None or self._drafter.trying else seconds
-                self._pilot.drafted(len(step.path) + len(step.tokens), measured, step.served.seconds)
+                self._pilot.drafted(len(step.path) + len(step.tokens), None if self._drafter.trying else seconds, step.served.seconds)
             elif text.session.asleep:  # else the draft reads, and verdicts wait for its forwards: these times say nothing
                 self._pilot.streamed(len(step.tokens), seconds if text.streaming else None)
                 text.streaming = True

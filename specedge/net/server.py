@@ -19,9 +19,9 @@ from pathlib import Path
 import zmq
 
 from specedge.config import SpecedgeError
+from specedge.engine.cost import ALL
 from specedge.engine.engine import Engine
 from specedge.engine.pipeline import Pipeline
-from specedge.engine.scheduler import ALL
 from specedge.engine.texts import UseError
 from specedge.net import wire
 from specedge.net.auth import CURVE_EXTRA, LIMITS, Authenticator
