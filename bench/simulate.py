@@ -394,7 +394,7 @@ def main() -> None:
     p.add_argument("--width", type=int, default=8, help="rows of a draft forward; with 32 a thousand sessions take a third of the time to play")
     p.add_argument("--error", type=float, default=0.3, help="of the draft's logits, in standard deviations of the target's")
     p.add_argument("--seconds", type=float, default=20.0, help="to play")
-    p.add_argument("--spread", type=float, default=World.spread, help="of that error between places, the deviation of its logarithm")
+    p.add_argument("--spread", type=float, default=1.5, help="of that error between places, the deviation of its logarithm")
     p.add_argument("--co-located", action="store_true", help="also a server that drafts for itself, the best of a grid of depths and sizes")
     p.add_argument("--no-pipeline", dest="pipeline", action="store_false")
     p.add_argument("--like", type=Path, help="file of a real run: take its times and acceptance, and compare")

@@ -247,6 +247,13 @@ def test_prompts_can_be_read_before_virtual_time_counts() -> None:
     assert first[True] <= 4 < first[False]
 
 
+def test_virtual_time_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["simulate", "--sessions", "1", "2", "--seconds", "2"])
+    simulate.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 < found["1"]["tokens_per_s"] < found["2"]["tokens_per_s"]
+
+
 def test_an_engine_finds_out_what_rows_cost() -> None:
     """In its first text of 64 tokens, from a prior by which a row costs an eighth of a step."""
     rows = {}
