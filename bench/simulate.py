@@ -391,7 +391,7 @@ def main() -> None:
     p.add_argument("--rtt", type=float, default=15.0, help="milliseconds")
     p.add_argument("--temperature", type=float, default=0.7)
     p.add_argument("--nodes", type=int, default=31)
-    p.add_argument("--width", type=int, default=8, help="rows of a draft forward; with 32 a thousand sessions take a third of the time to play")
+    p.add_argument("--width", type=int, default=DraftConfig().width, help="rows of a draft forward at most")
     p.add_argument("--error", type=float, default=0.3, help="of the draft's logits, in standard deviations of the target's")
     p.add_argument("--seconds", type=float, default=20.0, help="to play")
     p.add_argument("--spread", type=float, default=1.5, help="of that error between places, the deviation of its logarithm")
