@@ -96,6 +96,8 @@ class Round:
 
     edge: int
     sent: float
+    drafted: float  # seconds before, since the last verdict
+    after: bool  # whether that was a hit
     arrived: float
     begun: float
     ended: float
@@ -107,7 +109,8 @@ class Round:
 
 
 def rounds(logs: dict[str, Any]) -> list[Round]:
-    """The rounds of a cell whose edges drafted, in order of verification; the last of each text is missing, for its verdict ends it."""
+    """The rounds that edges asked for, in order of verification; the last of each text is missing, for its verdict ends it, and so are those that the
+    server began by itself."""
     who = {tuple(prompt): i for wave in logs["prompts"] for i, prompt in enumerate(wave)}
     edge_of = {order: who[tuple(prompt)] for order, prompt in logs["server"]["prompts"].items() if tuple(prompt) in who}
     up = sorted((came, left) for came, left, upward, *_ in logs["wire"] if upward)
@@ -123,19 +126,20 @@ def rounds(logs: dict[str, Any]) -> list[Round]:
             answered.add((edge_of[order], sent))
             arrived = min((left for came, left in up if came >= sent), default=begun)
             came = max((left for came, left in down if ended <= came and left <= taken[0]), default=taken[0])
-            found.append(Round(edge_of[order], sent, min(arrived, begun), begun, ended, came, taken[0], nodes, tokens, taken[1]))
+            before, after = max(((v[0], v[1]) for v in edge["verdicts"] if v[0] <= sent), default=(float("nan"), False))
+            found.append(
+                Round(edge_of[order], sent, sent - before, after, min(arrived, begun), begun, ended, came, taken[0], nodes, tokens, taken[1])
+            )
     return found
 
 
 def breakdown(found: list[Round]) -> dict[str, float]:
     """Median milliseconds of the parts of a round, drafting apart after a hit and after a miss."""
     parts: dict[str, list[float]] = {"draft after a hit": [], "draft after a miss": []}
-    last: dict[int, Round] = {}
     for r in found:
         for name, a, b in (("up", r.sent, r.arrived), ("queue", r.arrived, r.begun), ("verify", r.begun, r.ended), ("down", r.ended, r.came),
                            ("unseen at the edge", r.came, r.taken)):  # fmt: skip
             parts.setdefault(name, []).append(b - a)
-        if r.edge in last:
-            parts[f"draft after a {'hit' if last[r.edge].hit else 'miss'}"].append(r.sent - last[r.edge].taken)
-        last[r.edge] = r
+        if r.drafted == r.drafted:
+            parts[f"draft after a {'hit' if r.after else 'miss'}"].append(r.drafted)
     return {name: statistics.median(values) * 1e3 for name, values in parts.items() if values}

@@ -15,8 +15,9 @@ from torch import Tensor
 from specedge.config import DraftConfig, ModelConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.cost import ALL
-from specedge.engine.drafter import Drafter, Node, Session
+from specedge.engine.drafter import Drafter
 from specedge.engine.engine import Engine
+from specedge.engine.growing import Node, Session
 from specedge.engine.model import Abandoned, Decoder
 from specedge.engine.request import Sequence, Verdict
 from specedge.engine.runner import Runner

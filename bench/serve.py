@@ -61,6 +61,7 @@ class Mode:
     drafts: str
     proactive: bool = False  # growth in flight: DraftConfig.proactive
     pipeline: bool = False  # pipeline-aware batching: Server(pipeline=...)
+    ahead: bool = False  # what grows is told, and the server begins rounds by itself: DraftConfig.ahead
 
 
 MODES = {  # each edge mode has all of the one before it
@@ -69,6 +70,7 @@ MODES = {  # each edge mode has all of the one before it
     "edge": Mode("edge"),
     "+ growth in flight": Mode("edge", proactive=True),
     "+ pipeline-aware": Mode("edge", proactive=True, pipeline=True),
+    "+ rounds ahead": Mode("edge", proactive=True, pipeline=True, ahead=True),
 }
 ALL_ON = list(MODES)[-1]
 
@@ -202,7 +204,8 @@ class Bench:
         found |= {
             "cell": cell.name, "mode": cell.mode, "sessions": cell.sessions, "temperature": cell.temperature, "repetition": repetition,
             "edge_core_busy": busy[1] if pinned else None, "void": void,
-            "drafter": {"tree_size": cell.nodes or a.nodes, "proactive": mode.proactive, "depth": FIXED if cell.nodes else None},
+            "drafter": {"tree_size": cell.nodes or a.nodes, "proactive": mode.proactive, "ahead": mode.ahead,
+                        "depth": FIXED if cell.nodes else None},
             "world": {"target": self.target_pace, "draft": self.draft_pace, "rtt": cell.network.rtt / 1e3, "pipeline": mode.pipeline,
                       "admission": not cell.nodes, "prompt": PREFIX, "cached": True} if mode.drafts == "edge" else None,
             "round_ms": breakdown(rounds(logs)) if mode.drafts == "edge" else {}, "ids": digests, "logs": logs,
@@ -212,7 +215,8 @@ class Bench:
     def _config(self, cell: Cell) -> DraftConfig:
         """How an edge of this cell drafts."""
         own = co_located(cell.nodes or self.args.nodes)
-        config = replace(own, max_sessions=1, proactive=MODES[cell.mode].proactive, autopilot=self.args.autopilot)
+        mode = MODES[cell.mode]
+        config = replace(own, max_sessions=1, proactive=mode.proactive, ahead=mode.ahead, autopilot=self.args.autopilot)
         return replace(config, depth=FIXED) if cell.nodes else config
 
     def _ready(self, edges: int) -> None:

@@ -32,8 +32,10 @@ from bench.logged import Pace, seconds
 from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, EngineConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.cost import ALL
-from specedge.engine.drafter import Drafter, Session
+from specedge.engine.drafter import Drafter
 from specedge.engine.engine import Engine
+from specedge.engine.growing import Session
+from specedge.engine.mirror import Mirror, go_on
 from specedge.engine.model import Abandoned
 from specedge.engine.pace import Served
 from specedge.engine.pipeline import Pipeline
@@ -120,6 +122,18 @@ def prompt_of(text: int, world: World) -> list[int]:
     return [(text * 7919 + k * k) % VOCAB for k in range(world.prompt)]
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A verdict on its way: nodes worth sending next time, how it was verified, and, where the server goes on by itself, with how many nodes, and the
+    round of which on nodes are numbered."""
+
+    verdict: Verdict
+    budget: int
+    served: Served
+    ahead: int | None = None
+    since: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Edge:
     """One edge: the loop of net/edge.py without its sockets and its autopilot."""
@@ -129,7 +143,10 @@ class Edge:
     clock: Clock  # its own: a forward that begins now ends later
     session: Session | None = None  # None: its text has ended
     sequence: Sequence | None = None
-    inbox: list[tuple[Verdict, int, Served]] = field(default_factory=list)  # with row budgets
+    inbox: list["Answer"] = field(default_factory=list)
+    mirror: Mirror | None = None  # the server's, of what grows here
+    round: int = 0
+    since: int = 0  # the round of which on nodes are numbered
     budget: int = MAX_ROWS_PER_TREE
     flying: bool = False
     asleep: bool = False
@@ -193,15 +210,21 @@ class Simulation:
             e.session = e.drafter.open(e.sequence.tokens, params, e.sequence.limit)
             if (law := self.engine.cost.law) is not None:  # an edge greets before its first text
                 e.drafter.pace.verify.tell(law)
-            e.budget, e.flying, e.rounds = MAX_ROWS_PER_TREE, False, []
+            e.budget, e.flying, e.rounds, e.mirror = MAX_ROWS_PER_TREE, False, [], None
             self._of[e.sequence] = e
             self._at(self.clock.now, "edge", (e, e.looks))
 
-    def _tree(self, what: tuple[Edge, Any]) -> None:
-        edge, tree = what
+    def _tree(self, what: tuple[Edge, Any, int]) -> None:
+        edge, tree, number = what
         if edge.sequence is not None and not edge.sequence.finish:
             self.engine.offer(edge.sequence, tree, self.clock.now)
+            edge.mirror = Mirror(tree, number, edge.drafter.config.tree_size) if edge.drafter.tells else None
             self._look(None)
+
+    def _more(self, what: tuple[Edge, int, int, list[tuple[int, int, int]]]) -> None:
+        edge, since, first, nodes = what
+        if edge.mirror is not None and (edge.mirror.since, edge.mirror.next) == (since, first):
+            edge.mirror.add([n[0] for n in nodes], [n[1] for n in nodes], [n[2] for n in nodes])
 
     def _look(self, when: float | None) -> None:
         """What the server's thread does between messages; `when`: it wanted to look up then, if nothing happened before."""
@@ -223,13 +246,16 @@ class Simulation:
 
     def _served(self, what: tuple[list[Verdict], float, int]) -> None:
         self._serving = False
-        for v in what[0]:
+        mirrors = [self._of[v.sequence].mirror for v in what[0]]
+        trees = go_on(self.engine, list(zip(what[0], mirrors, strict=True)), self.clock.now)
+        for v, m, tree in zip(what[0], mirrors, trees, strict=True):
             served = Served(what[1], what[2], what[2] - v.verified)
-            self._at(self.clock.now + self.world.rtt / 2, "verdict", (v, v.sequence.acceptance.budget, served))
+            answer = Answer(v, v.sequence.acceptance.budget, served, None if tree is None else len(tree), 0 if m is None else m.since)
+            self._at(self.clock.now + self.world.rtt / 2, "verdict", answer)
         self._look(None)
 
-    def _verdict(self, what: tuple[Verdict, int, Served]) -> None:
-        edge = self._of[what[0].sequence]
+    def _verdict(self, what: Answer) -> None:
+        edge = self._of[what.verdict.sequence]
         edge.inbox.append(what)
         if edge.begun is not None and self.clock.now < edge.begun + edge.table.took / 2:
             edge.drafting -= edge.begun + edge.table.took - self.clock.now
@@ -247,9 +273,11 @@ class Simulation:
             e.clock.now, e.begun = e.begun, None
             e.drafter.grow()
         e.clock.now = self.clock.now
-        for v, budget, served in e.inbox:
-            e.flying, e.budget = False, budget
-            hit = None if v.finish else e.drafter.verdict(e.session, v.row, list(v.tokens), served)
+        for a in e.inbox:
+            v, anew, e.flying, e.budget = a.verdict, a.since != e.since, a.ahead is not None, a.budget
+            hit = None if v.finish else e.drafter.verdict(e.session, 0, [*v.path, *v.tokens], a.served, a.ahead, anew)
+            if e.flying:
+                e.round, e.since = e.round + 1, a.since
             e.rounds.append((self.clock.now, len(v.path) + len(v.tokens), hit))
             if v.finish:
                 e.drafter.cancel(e.session)
@@ -263,7 +291,10 @@ class Simulation:
         if not e.flying and e.drafter.ready(e.session):
             tree = e.drafter.submit(e.session, e.drafter.size(e.session, e.budget))
             e.flying = True
-            self._at(self.clock.now + self.world.rtt / 2, "tree", (e, tree))
+            e.round = e.since = e.round + 1
+            self._at(self.clock.now + self.world.rtt / 2, "tree", (e, tree, e.round))
+        elif e.flying and e.drafter.tells and (found := e.drafter.more(e.session))[1]:
+            self._at(self.clock.now + self.world.rtt / 2, "more", (e, e.since, *found))
         pause, e.table.took = e.drafter.pause(), 0.0
         if not pause and not e.drafter.grow(lambda: True) and e.table.took:
             e.begun = self.clock.now
@@ -372,7 +403,7 @@ def compare(path: Path, only: str) -> Iterator[str]:
             forward_overhead=middle(lambda x: x["forward_overhead_ms"]) / 1e3,
         )  # fmt: skip
         tokens, hits = middle(lambda x: x["tokens_per_round"]), middle(lambda x: x["hit_rate"])
-        ours = like(world, first["sessions"], DraftConfig(**first["drafter"]), tokens, hits)
+        ours = like(world, first["sessions"], DraftConfig(**{"ahead": False} | first["drafter"]), tokens, hits)  # as older files have it
         rates = [x["tokens_per_s"] for x in group]
         real = statistics.median(rates)
         spread, off = (max(rates) - min(rates)) / 2 / real, ours["tokens_per_s"] / real - 1

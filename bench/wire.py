@@ -46,8 +46,8 @@ def spread(times: list[float], unit: float = 1e3) -> Figures:
     return {"n": len(times), "median_ms": round(statistics.median(times) * unit, 2), "worst_ms": round(max(times) * unit, 2)}
 
 
-def drafter(sessions: int = 1) -> Drafter:
-    config = DraftConfig(max_sessions=sessions, engine=EngineConfig(kv_tokens=4096, max_rows=256))
+def drafter(sessions: int = 1, ahead: bool = True) -> Drafter:
+    config = DraftConfig(max_sessions=sessions, ahead=ahead, engine=EngineConfig(kv_tokens=4096, max_rows=256))
     return Drafter.from_pretrained(DEMO / "draft", config, device="cpu")
 
 
@@ -203,7 +203,13 @@ def revoking(quick: bool) -> Figures:
 
 
 def traffic(quick: bool) -> Figures:
-    """Bytes of drafted texts of 31 nodes a round, whole, openings and acknowledgements of ZeroMQ included, as they pass on the network."""
+    """Bytes of drafted texts of 31 nodes a round, whole, openings and acknowledgements of ZeroMQ included, as they pass on the network; of rounds that
+    their edge asks for, and where it tells what grows."""
+    asked, ahead = _traffic(quick, False), _traffic(quick, True)
+    return asked | {f"{name}_ahead": value for name, value in ahead.items() if name != "paper_bytes_per_round"}
+
+
+def _traffic(quick: bool, ahead: bool) -> Figures:
     sizes: tuple[Counter[int], Counter[int]] = (Counter(), Counter())
 
     def note(way: int, frame: bytes) -> list[bytes]:
@@ -212,7 +218,7 @@ def traffic(quick: bool) -> Figures:
 
     with House() as house:
         server, key = house.serve(), house.key("ann")
-        with Proxy(server.endpoint, note) as proxy, Edge(f"{proxy.address}/?{server.address.partition('/?')[2]}", drafter(), key=key) as edge:
+        with Proxy(server.endpoint, note) as proxy, Edge(f"{proxy.address}/?{server.address.partition('/?')[2]}", drafter(ahead=ahead), key=key) as edge:
             for drafted in (sizes[0], sizes[1]):
                 drafted.clear()
             before, params = list(proxy.bytes), SamplingParams(0.0, 40 if quick else 400, ignore_eos=True)

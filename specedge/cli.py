@@ -241,6 +241,7 @@ def _text_arguments(g: argparse.ArgumentParser) -> None:
     g.add_argument("--tree-size", type=int, default=31, metavar="N", help="nodes drafted per round at most (default: %(default)s)")
     g.add_argument("--depth", type=int, metavar="N", help="forwards a tree, all of its nodes sent (default: as measured times and odds say)")
     g.add_argument("--proactive", action=SWITCH, default=True, help="draft while a verdict is in flight")
+    g.add_argument("--ahead", action=SWITCH, default=True, help="and tell it, so that the server need not wait for the next tree")
     g.add_argument("--autopilot", action=SWITCH, default=True, help="leave the text to the server while drafting does not pay; off with --depth")
     _device_arguments(g)
 
@@ -281,7 +282,9 @@ def _open_edge(args: argparse.Namespace) -> "Edge":
     tokenizer = args.tokenizer or (DEMO / "draft" if args.demo else None)
     if draft is None and tokenizer is None:
         raise SpecedgeError("without a draft the tokenizer must be named: --tokenizer DIR")
-    config = DraftConfig(tree_size=args.tree_size, depth=args.depth, proactive=args.proactive, autopilot=args.autopilot, max_sessions=1)
+    config = DraftConfig(
+        tree_size=args.tree_size, depth=args.depth, proactive=args.proactive, ahead=args.ahead, autopilot=args.autopilot, max_sessions=1
+    )  # fmt: skip
     progress = sys.stderr.isatty()
     return Edge(
         args.server, draft, tokenizer=tokenizer, key=args.key, config=config, device=args.device, dtype=args.dtype,

@@ -250,6 +250,7 @@ class DraftConfig:
     depth: int | None = None  # 1 .. 255 draft forwards before a tree of exactly `tree_size` nodes is submitted; None: both as times and odds say
     tau: float = 1.0  # above 0; how far the draft's probabilities are trusted beside the shared noise
     proactive: bool = True  # keep growing while the verdict is in flight
+    ahead: bool = True  # and say what grows, so that a server may verify it before anybody asks
     autopilot: bool = True  # an edge leaves the text to the server while drafts do not pay; not with a `depth`
     max_sessions: int = 8  # 1 .. 256 texts at a time
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(KV_TOKENS, max_rows=256))
@@ -261,6 +262,6 @@ class DraftConfig:
         if self.depth is not None:
             _require_int("depth", self.depth, 1, MAX_NODES)
         _require(_number(self.tau, 0, math.inf) and self.tau not in (0, math.inf), "tau", self.tau, "positive and finite")
-        _require_bools(self, "proactive", "autopilot")
+        _require_bools(self, "proactive", "ahead", "autopilot")
         _require(isinstance(self.engine, EngineConfig), "engine", self.engine, "an EngineConfig")
         _require_int("max_sessions", self.max_sessions, 1, 256)

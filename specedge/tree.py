@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_NODES = 255  # with the root 256 rows: four ancestor words, and a parent fits one byte
+NUMBERS = 1 << 16  # of nodes that follow a tree and each other before there is a whole tree again
+GROWN = 64  # of them that are told at a time: a frame of the smallest size, like all others of a round
 
 
 class TreeError(ValueError):

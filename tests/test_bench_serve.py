@@ -219,14 +219,17 @@ def test_the_single_guess_is_the_likeliest_token_below_a_leaf() -> None:
 
 
 def test_virtual_time_follows_its_world() -> None:
-    def at(sessions: int = 1, **changes: Any) -> dict[str, float]:
-        return play(replace(World([(1, 0.1), (1000, 0.1)], [(1, 0.01), (300, 0.01)]), **changes), sessions, DraftConfig(tree_size=15), 5.0)
+    def at(sessions: int = 1, ahead: bool = False, **changes: Any) -> dict[str, float]:
+        world = replace(World([(1, 0.1), (1000, 0.1)], [(1, 0.01), (300, 0.01)]), **changes)
+        return play(world, sessions, DraftConfig(tree_size=15, ahead=ahead), 5.0)
 
     near, far = at(), at(rtt=0.4)
     assert near["tokens_per_round"] > at(error=3.0)["tokens_per_round"]
     assert near["server_idle"] < far["server_idle"] and near["tokens_per_s"] > far["tokens_per_s"]
     assert far["server_idle"] >= 0.4 / (0.4 + 0.102) * 0.9  # one session: nothing to do while its messages travel
     assert at(sessions=3)["tokens_per_s"] > 1.8 * near["tokens_per_s"]  # rows cost nothing here: all three share a step
+    ahead = at(rtt=0.1, ahead=True)
+    assert ahead["tokens_per_s"] > 1.1 * at(rtt=0.1)["tokens_per_s"] and ahead["server_idle"] < 0.1 / 0.2 * 0.9  # it begins rounds by itself
 
 
 def test_a_server_drafts_for_itself_in_virtual_time() -> None:
@@ -276,7 +279,7 @@ def test_a_run_in_virtual_time_is_recognised(tmp_path: Path, monkeypatch: pytest
     cell = {"kind": "cell", "cell": "a", "void": "", "world": given, "temperature": 0.7, "sessions": 1, "conditions": {"tokens": 32}}
     plain = {"kind": "cell", "cell": "b", "void": "", "world": None, "rows_per_step": 1.0, "step_ms": 102.0}
     file = tmp_path / "cells.jsonl"
-    file.write_text("\n".join(json.dumps(c) for c in (cell | {"drafter": {"tree_size": 7}} | found, plain)))
+    file.write_text("\n".join(json.dumps(c) for c in (cell | {"drafter": {"tree_size": 7, "ahead": True}} | found, plain)))
     *_, line = simulate.compare(file, "")
     assert line.startswith("| a |") and "(+0%)" in line and line.endswith("| agrees |"), line
 

@@ -23,8 +23,10 @@ def test_frames_have_one_size_and_a_round_is_small() -> None:
     line = measure("F7")
     assert {"cpu", "arch", "threads", "torch", "commit", "date"} <= set(line) and all(line.values()), "as bench/results/README.md says of every line"
     traffic = line["F7"]
-    assert list(traffic["frames_up"]) == list(traffic["frames_down"]) == ["554"], "512, 33 of encryption, 9 of ZMTP"  # type: ignore[call-overload]
+    for name in ("frames_up", "frames_down", "frames_up_ahead", "frames_down_ahead"):
+        assert list(traffic[name]) == ["554"], "512, 33 of encryption, 9 of ZMTP"  # type: ignore[call-overload]
     assert traffic["bytes_per_round"] < 2000 and traffic["times_less"] > 50  # type: ignore[operator]
+    assert traffic["bytes_per_round_ahead"] < 8000 and traffic["times_less_ahead"] > 17  # type: ignore[operator]
 
 
 @pytest.mark.full

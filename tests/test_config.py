@@ -76,6 +76,7 @@ TABLE: dict[tuple[type, str], tuple[list[Any], list[Any]]] = {
     (DraftConfig, "depth"): ([None, 1, 255], [0, -1, 1.5, NAN, INF, True]),
     (DraftConfig, "tau"): ([1e-3, 1.0, 5], [0, -1.0, NAN, INF, "1", None, True]),
     (DraftConfig, "proactive"): ([True, False], ["no", None, 0]),
+    (DraftConfig, "ahead"): ([True, False], ["no", None, 0]),
     (DraftConfig, "autopilot"): ([True, False], ["no", None, 0]),
     (DraftConfig, "max_sessions"): ([1, 256], [0, -1, 257, 1.5, NAN, True]),
     (DraftConfig, "engine"): ([EngineConfig()], [None, 512]),

@@ -15,7 +15,6 @@ import threading
 import time
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -25,75 +24,22 @@ from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.calibration import Calibration
 from specedge.engine.graphs import make_scorer
+from specedge.engine.growing import Node, Session
 from specedge.engine.hub import locate
 from specedge.engine.model import Abandoned
-from specedge.engine.pace import Pace, Rate, Served, beyond, gain, optimum
-from specedge.engine.pages import PagePool, PageTable
+from specedge.engine.pace import Pace, Served, beyond, gain, optimum
+from specedge.engine.pages import PagePool
 from specedge.engine.runner import Runner
 from specedge.engine.sampler import Ask
 from specedge.engine.texts import UseError
 from specedge.text import Tokenizer
-from specedge.tree import EMPTY, TokenTree, make_tree
+from specedge.tree import EMPTY, NUMBERS, TokenTree, make_tree
 
 START, BRIEF = 4, 0.03  # forwards of a tree, and seconds for them, as long as no round has been timed
 TRIED, TRIES = (4, 1, 2), 48  # these parts of the rows that a tree may have, in turn, until it is known what they cost: so many rounds at most
+OFTEN = 8  # times in a step at most that a server is told what has grown
 SHORT = 0.004  # seconds for which a verdict may be kept waiting by a forward
 UNLIKELY = math.log(1e-3)  # a child below this is not kept: it would be the 1000th guess, and costs as much to sort as the first
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """A drafted token. `score`: log of the estimated probability that verification reaches it, relative to some older root."""
-
-    token: int
-    parent: "Node | None"
-    score: float
-    order: int  # of creation: a parent comes before its children
-    depth: int  # below the root of its creation
-    rank: int = 0  # among its siblings, by what the draft thinks of them
-    log_p: float = 0.0  # which is this
-    slot: int = -1  # row of the session's region in the row buffer; -1 while unexpanded
-    seen: int = 0  # bit set of the slots of this node and its ancestors, once expanded
-    children: "dict[int, Node]" = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class Session:
-    """One text on the edge: its tokens, the tree below the last of them, and the region of the row buffer that it owns."""
-
-    tokens: list[int]
-    params: SamplingParams
-    prompt_len: int
-    limit: int  # length at which the text ends at the latest
-    stop: frozenset[int]
-    vocab: int  # of the target: other ids are not for it
-    table: PageTable
-    base: int  # first row of its region
-    root: Node
-    calibration: Calibration
-    computed: int = 0
-    free: list[int] = field(default_factory=lambda: list(range(MAX_ROWS_PER_TREE)))  # a heap: low slots first keep the key range short
-    heap: list[tuple[float, int, Node]] = field(default_factory=list)  # unexpanded nodes, best first
-    nodes: list[Node] = field(default_factory=list)  # all below the root
-    best: list[float] = field(default_factory=list)  # scores of as many of the best nodes as a tree may have, rising
-    submitted: list[Node] | None = None  # rows 1..N of the tree whose verdict is awaited
-    asleep: bool = False  # nothing is drafted
-    forwards: int = 0  # that grew the present tree
-    size: int = 7  # nodes of the last tree
-    others: int = 0  # rows of other texts in the step that verified it
-    sent: float = 0.0  # when it was submitted
-    since: float | None = None  # the last verdict
-    rate: Rate = field(default_factory=Rate)
-
-    @property
-    def live(self) -> int:
-        """Rows in the row buffer."""
-        return MAX_ROWS_PER_TREE - len(self.free)
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether the draft's context is used up, so that nothing can be drafted."""
-        return len(self.tokens) >= self.limit
 
 
 class Drafter:
@@ -221,13 +167,31 @@ class Drafter:
         """The best `nodes` nodes, in falling score order; the session then awaits `verdict`."""
         best = self._best(session, nodes)
         row = {id(n): i for i, n in enumerate(best, 1)} | {id(session.root): 0}
-        session.submitted, session.size, session.sent = best, len(best), self._clock()
+        session.submitted, session.size, session.sent, session.ahead = best, len(best), self._clock(), False
+        session.number(best)
         self._rounds += 1
         return make_tree([n.token for n in best], [row[id(n.parent)] for n in best]) if best else EMPTY
 
-    def verdict(self, session: Session, row: int, tokens: list[int], served: Served | None = None) -> bool:
+    @property
+    def tells(self) -> bool:
+        """Whether servers are to hear what grows while they verify. Not with a `depth`: they would go on with other trees than were asked for."""
+        return self.config.ahead and self.config.proactive and self.config.depth is None and self.config.tree_size > 0
+
+    def more(self, session: Session) -> tuple[int, list[tuple[int, int, int]]]:
+        """What has grown since a server was last told: the number of the first node, and the nodes as Session.news has them. None but at so many
+        times in a step, or if there are no more numbers."""
+        now, first = self._clock(), session.told + 1
+        if now - session.last < self.pace.verify.predict(1, 0) / OFTEN or session.told + len(session.nodes) >= NUMBERS:
+            return first, []
+        session.last = now
+        return first, session.news()
+
+    def verdict(
+        self, session: Session, row: int, tokens: list[int], served: Served | None = None, ahead: int | None = None, anew: bool = False
+    ) -> bool:  # fmt: skip
         """The target accepted the path to `row` of the submitted tree, if there was one, and `tokens` follow. `served`: how it was verified, if that
-        is known. True: the new root had been drafted (a hit)."""
+        is known. `ahead`: the server has begun the next round by itself, with a tree of so many nodes that it was told of; `anew`: but knows none
+        below the new root. True: the new root had been drafted (a hit)."""
         path: list[Node] = []
         node = session.submitted[row - 1] if row and session.submitted else session.root
         while node is not session.root:
@@ -250,10 +214,14 @@ class Drafter:
         session.tokens += text
         if max(tokens) >= self._vocab:
             session.limit = 0  # a token that this model does not know: nothing can follow it
-        if session.submitted:
+        if session.submitted is not None and session.size:
             self.pace.rooted(new is not None and new.slot >= 0)
         session.submitted = None
         self._root(session, new or self._node(text[-1], None, 0.0), walked)
+        if ahead is not None:
+            session.submitted, session.size, session.sent, session.ahead = [], ahead, self._clock(), True
+            if anew:
+                session.number([])
         depths = [n.depth for n in (session.root, *session.nodes) if n.slot >= 0]  # so deep have earlier forwards grown what is left
         session.forwards = max(depths) - session.root.depth + 1 if depths else 0
         return hit
@@ -270,7 +238,10 @@ class Drafter:
             session.others = served.others
             # it came during that forward, or in its second half; counted whole, forwards would grow
             hidden = self._took / (4 if self._score.stops else 2) if now - self._ended < SHORT / 4 else 0.0
-            self.pace.answered(now - session.sent - hidden, served, len(session.tokens))
+            if session.ahead:  # nothing lies around that step but the way back of the verdict before
+                self.pace.verify.observe(served.rows, len(session.tokens), served.seconds)
+            else:
+                self.pace.answered(now - session.sent - hidden, served, len(session.tokens))
             if since is not None and served.seconds < now - since:
                 session.rate.add(tokens, now - since, served.seconds)
         session.since = now
@@ -353,7 +324,8 @@ class Drafter:
         flying = [s for s in self._sessions if s.submitted is not None and not s.asleep and not s.exhausted]
         if not flying or not self.pace.known or self._awaited:
             return math.inf
-        due = min(s.sent + self.pace.away(s.others + s.size + 1, len(s.tokens)) for s in flying)
+        around = self.pace.around
+        due = min(s.sent + self.pace.away(s.others + s.size + 1, len(s.tokens)) - (around if s.ahead else 0.0) for s in flying)
         return due - self._clock()
 
     @property

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from specedge.config import DraftConfig, EngineConfig, SamplingParams, SpecedgeError
-from specedge.engine.drafter import Drafter, Session, check_given
+from specedge.engine.drafter import Drafter, check_given
 from specedge.engine.engine import Engine
+from specedge.engine.growing import Session
 from specedge.engine.pace import Served
 from specedge.engine.request import Output, Sequence, Verdict
 from specedge.engine.texts import Guard, Text, TextEngine, UseError, alone

@@ -26,7 +26,8 @@ import zmq
 from specedge.config import DraftConfig, SamplingParams, SpecedgeError, is_batch
 from specedge.engine.autopilot import FIRST, SMALL, Autopilot
 from specedge.engine.cost import Law
-from specedge.engine.drafter import Drafter, Session, check_given
+from specedge.engine.drafter import Drafter, check_given
+from specedge.engine.growing import Session
 from specedge.engine.request import Chunk, Completion, Output
 from specedge.engine.texts import UseError
 from specedge.net import wire
@@ -242,6 +243,7 @@ class Edge:
                     if text.rounds.sent is None and self._ready(text):
                         self._submit(text)
                 self._speak(text)  # only now: after a stall the verdict may have been waiting in the socket
+                self._tell_growth(text)
             pause = self._drafter.pause() if self._drafter is not None else 60.0
             self._rest(pause or (0.0 if self._grow() else 60.0))
 
@@ -344,6 +346,7 @@ class Edge:
         else:
             most = min(r.budget, SMALL) if self._pilot is not None and self._pilot.on_trial else r.budget
             tree = self._drafter.submit(text.session, self._drafter.size(text.session, most))
+        r.ahead = self._drafter.config.tree_size if text.session and self._drafter and self._drafter.tells and self._link.welcome.ahead else 0
         r.offer(tree, until, time.monotonic())
         text.streaming = False
 
@@ -358,6 +361,14 @@ class Edge:
         if self._link.up:
             for message in text.rounds.speak(now, self._link.welcome.lease_ms / 1000):
                 self._send(text, message)
+
+    def _tell_growth(self, text: Text) -> None:
+        """Say what has grown while a verdict is awaited, unless the text is better off without drafts: then the server has to come to an end."""
+        if text.session is not None and self._drafter is not None and text.rounds.tells and not self._alone(text):
+            with self._guarded(text):
+                first, nodes = self._drafter.more(text.session)
+                if nodes:
+                    self._send(text, text.rounds.grown(first, nodes))
 
     def _handle(self, message: wire.Message, size: int) -> None:
         draining = isinstance(message, wire.GoAway) or (isinstance(message, wire.Error) and message.code == "draining")
@@ -389,10 +400,11 @@ class Edge:
         """Take what a verdict brought."""
         self._moved = time.monotonic()
         s = text.output.speculation
-        s = replace(s, rounds=s.rounds + 1, drafted=s.drafted + len(step.tree), accepted=s.accepted + len(step.path))
+        s = replace(s, rounds=s.rounds + 1, drafted=s.drafted + step.nodes, accepted=s.accepted + len(step.path))
         if text.session is not None and self._drafter is not None and not step.finish:
             with self._guarded(text):
-                hit = self._drafter.verdict(text.session, step.row, step.tokens, step.served)
+                told = step.tokens if step.row else step.path + step.tokens
+                hit = self._drafter.verdict(text.session, step.row, told, step.served, step.ahead, step.anew)
                 if not text.alone:
                     s = replace(s, hits=s.hits + hit, misses=s.misses + (not hit))
                 self._learn(text, step)

@@ -10,6 +10,8 @@ import random
 import secrets
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from specedge.config import SamplingParams
 from specedge.engine.pace import Served
 from specedge.net import wire
@@ -27,14 +29,17 @@ REBUILD = ("session", "offset", "round", "base", "internal")  # codes that a ses
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a verdict brought: the path to `row` of the tree, and what follows it. `served`: how it was verified, if that was said."""
+    """What a verdict brought: the path to `row` of the tree that was sent, or any path from the root if `row` is 0, and what follows it. `served`:
+    how it was verified, if that was said."""
 
     row: int
     path: list[int]
     tokens: list[int]
     finish: str
-    tree: TokenTree
+    nodes: int  # of the tree
     served: Served | None = None
+    ahead: int | None = None  # nodes of the next tree, where the server goes on by itself
+    anew: bool = False  # and nodes are numbered anew, from its root on
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +57,9 @@ class Rounds:
     id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     round: int = 0
     sent: TokenTree | None = None  # awaits its verdict
+    nodes: int = 0  # of its tree
+    since: int = 0  # the round of which on nodes that grow are numbered
+    ahead: int = 0  # nodes of the trees with which the server may go on by itself; 0: do not say what grows
     until: int = 0  # the length to which the server decodes by itself, streaming; 0: it does not
     known: bool = False  # the server may have heard of the session, and wants to be told of its end
     why: str = ""  # what holds the text up
@@ -76,8 +84,14 @@ class Rounds:
     def offer(self, tree: TokenTree, until: int, now: float) -> None:
         """Begin the next round. `until`: the length to which the server is to decode on by itself; 0: no further than the tree."""
         self.round, self.sent, self.until = self.round + 1, tree, min(until, self.limit)
+        self.since, self.nodes = self.round, len(tree)
         if self._open:
             self._at = self.heard = now
+
+    @property
+    def tells(self) -> bool:
+        """Whether the server wants to hear what grows."""
+        return self.ahead > 0 and self._open and self.sent is not None and not self.until
 
     @property
     def next(self) -> float:
@@ -101,6 +115,11 @@ class Rounds:
             self._at = now + lease / 3
         return messages
 
+    def grown(self, first: int, nodes: list[tuple[int, int, int]]) -> wire.Message:
+        """What says that nodes have grown: token, parent and steps of each from number `first` on, up to GROWN of them."""
+        tokens, parents = wire.pack_ids([n[0] for n in nodes]), np.array([n[1] for n in nodes], "<u2").tobytes()
+        return wire.Grown(self.id, self.since, first, tokens, parents, bytes(n[2] for n in nodes))
+
     def check_patience(self, now: float, why: str, moved: float) -> None:
         """Raise ServerError if nothing has moved for too long; `why`: what is known of the connection, "" if it stands; `moved`: when any text of
         this edge last has. Who is told BUSY is in a queue and not forgotten: it waits longer, and as long as others of this edge get on."""
@@ -122,7 +141,7 @@ class Rounds:
             case wire.Resumed() if self._asked:
                 self._asked, self.heard = False, now
                 # a session that is not where this text left it belongs to a connection that was overtaken
-                self._open = m.length >= len(self.tokens) and self.round - 1 <= m.round <= self.round
+                self._open = m.length >= len(self.tokens) and self.round - 1 <= m.round and (m.round <= self.round or self.ahead > 0)
                 self._at = now
             case wire.NeedPrefill() | wire.Gone() if self._asked:
                 self._asked, self._open, self._at = False, False, now
@@ -151,7 +170,8 @@ class Rounds:
         return messages
 
     def _draft(self, tree: TokenTree) -> wire.Message:
-        return wire.Draft(self.id, self.round, len(self.tokens), wire.pack_ids(tree.tokens), tree.parents.tobytes(), self.until)
+        ahead = 0 if self.until else self.ahead
+        return wire.Draft(self.id, self.round, len(self.tokens), wire.pack_ids(tree.tokens), tree.parents.tobytes(), self.until, ahead)
 
     def _verdict(self, m: wire.Verdict, now: float) -> Step | None:
         known = len(self.tokens)
@@ -168,13 +188,18 @@ class Rounds:
             path = [int(self.sent.tokens[r - 1]) for r in self.sent.path(m.row)]
         except (wire.WireError, IndexError):
             tokens, path = [], []
+        if m.verified and m.row == 0 and not self.until:  # of a tree that was begun by the server
+            path, tokens = tokens[:-1], tokens[-1:]
         if not tokens or max(tokens) >= self.vocab or known + len(path) + len(tokens) > self.limit:
             raise ServerError("the server sent a verdict that does not continue this text")
         served = Served(m.verify_us / 1e6, rows := max(m.rows, m.verified), rows - m.verified) if m.verified and m.verify_us else None
-        step = Step(m.row, path, tokens, wire.FINISH[m.finish], self.sent, served)
+        ahead = m.nodes if m.next > self.round and self.ahead and not self.until and not m.finish else None
+        step = Step(m.row, path, tokens, wire.FINISH[m.finish], self.nodes, served, ahead, m.since != self.since)
         self.tokens += path + tokens
         self.budget, self.why, self._rebuilds = m.row_budget, "", 0
-        self.sent = EMPTY if len(self.tokens) < self.until else None
+        self.sent = EMPTY if len(self.tokens) < self.until or ahead is not None else None
+        if ahead is not None:
+            self.round, self.since, self.nodes = m.next, m.since, m.nodes
         return step
 
     def _error(self, m: wire.Error, now: float) -> None:

@@ -32,7 +32,7 @@ from specedge.net.sessions import Peer, Reply, Sessions
 log = logging.getLogger(__name__)
 INBOX = 256  # messages that may wait for the engine: of the largest size they are 16 MB
 IDLE = 0.1  # seconds after which an engine without work looks up
-PURPOSE = 5.0  # frames that a verified round makes good: a text may begin and end with it
+PURPOSE = 12.0  # frames that a verified round makes good: what grew meanwhile comes in up to 8, and a text may begin and end with it
 BUSY = 0.9  # of a frame: who waits for a place in a full server has to ask
 UNIT = 8192  # bytes that count as a frame: to take 16,000 ids costs the engine's thread as much as ten small messages
 Inbound = tuple[Peer, wire.Message | None, float] | frozenset[str]  # and when it came; None: the peer is gone; a set: users who may be here no more
@@ -60,7 +60,7 @@ def _purpose(message: wire.Busy | wire.Verdict, size: int) -> float:
     nothing to say; one without rows says again what is known, and may be 128 times as long as the question."""
     if isinstance(message, wire.Busy):
         return BUSY
-    return PURPOSE * (message.queue_us > 0) if message.verified else -(size // UNIT)
+    return PURPOSE * (message.queue_us > 0 or message.next > 0) if message.verified else -(size // UNIT)
 
 
 def address(endpoint: str) -> str:
@@ -248,8 +248,9 @@ class Server:
         except Exception:
             log.exception("a step failed; all sessions are dropped")
             return self._sessions.end("internal", "the server failed in a step and dropped this session: open it again")
-        now = time.monotonic()
-        return self._sessions.verdicts(found, now, now - begun)
+        spent = time.monotonic() - begun
+        replies = self._apply(0.0)  # what has grown meanwhile
+        return replies + self._sessions.verdicts(found, time.monotonic(), spent)
 
     # ------------------------------------------------------------------------------------------------------------------
     # the network's thread

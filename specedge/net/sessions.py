@@ -19,12 +19,13 @@ from specedge.config import PRIORITIES
 from specedge.engine import request
 from specedge.engine.cost import Law
 from specedge.engine.engine import Engine
+from specedge.engine.mirror import Mirror, go_on
 from specedge.engine.texts import RequestError
 from specedge.net import wire
 from specedge.net.quota import WAIT, Quota, Usage
 from specedge.net.sampling import unpack_sampling
 from specedge.net.wire import Error, Message
-from specedge.tree import MAX_NODES, TreeError
+from specedge.tree import MAX_NODES, TokenTree, TreeError
 
 log = logging.getLogger(__name__)
 SURVIVABLE = ("round", "base", "session")  # errors that leave their session as it was
@@ -79,7 +80,9 @@ class Remote:
     sequence: request.Sequence | None = None  # in the engine, once all have
     flying: bool = False  # that round awaits its verdict
     taken: float = 0.0  # when it came
-    last: wire.Verdict | None = None  # its answer
+    last: wire.Verdict | None = None  # its answer, or that of the round before where the server has begun this one by itself
+    mirror: Mirror | None = None  # what grows at the edge, if it says so
+    unasked: bool = False  # the server has begun this round by itself
 
     @property
     def kv_tokens(self) -> int:
@@ -132,7 +135,9 @@ class Sessions:
 
     def verdicts(self, found: list[request.Verdict], now: float, spent: float) -> list[Reply]:
         """Messages for what a step of `spent` seconds found."""
-        return [(r.peer, self._verdict(r, v, now, spent)) for v in found if (r := self._owner.get(v.sequence))]
+        owned = [(r, v) for v in found if (r := self._owner.get(v.sequence))]
+        trees = go_on(self.engine, [(v, r.mirror) for r, v in owned], now)
+        return [(r.peer, self._verdict(r, v, now, spent, tree)) for (r, v), tree in zip(owned, trees, strict=True)]
 
     def settle(self, now: float) -> None:
         """Charge every account for what it used, before the next step."""
@@ -199,7 +204,7 @@ class Sessions:
         self._peers[peer] = now
         if isinstance(message, wire.Open):
             return self._open(peer, message, now)
-        if not isinstance(message, wire.Prompt | wire.Draft | wire.Cancel | wire.Close | wire.Lease | wire.Resume):
+        if not isinstance(message, wire.Prompt | wire.Draft | wire.Grown | wire.Cancel | wire.Close | wire.Lease | wire.Resume):
             raise Refused("frame", f"{type(message).__name__} is not for a server")
         key = (peer.user, message.session)
         if isinstance(message, wire.Cancel | wire.Close):
@@ -209,12 +214,14 @@ class Sessions:
         if isinstance(message, wire.Resume):
             return [self._resume(peer, key, remote, now)]
         if remote is None or remote.peer != peer:
-            if isinstance(message, wire.Lease):
+            if isinstance(message, wire.Lease | wire.Grown):
                 return []
             raise Refused("session", "this connection has no such session open: resume it, or open it with its tokens")
         remote.heard = now
         if isinstance(message, wire.Lease):
             return []
+        if isinstance(message, wire.Grown):
+            return self._grown(remote, message)
         return self._prompt(remote, message) if isinstance(message, wire.Prompt) else self._draft(remote, message, now)
 
     def _hello(self, peer: Peer, m: wire.Hello, now: float) -> list[Message]:
@@ -233,7 +240,7 @@ class Sessions:
         limits = wire.Limits(self._max_nodes, e.runner.context, min(self.max_sessions, quota.sessions or self.max_sessions))
         load = wire.Load(len(self._table), pool.available * pool.page_size, pool.total * pool.page_size)
         build, lease = f"specedge {__version__}", int(self.lease * 1000)
-        welcome = wire.Welcome(build, self.model, tokenizer, e.vocab, list(e.eos_ids), limits, lease, load, *_cost(e.cost.law))
+        welcome = wire.Welcome(build, self.model, tokenizer, e.vocab, list(e.eos_ids), limits, lease, load, *_cost(e.cost.law), ahead=1)
         return [welcome, self._goaway(now)] if self.draining else [welcome]
 
     def _open(self, peer: Peer, m: wire.Open, now: float) -> list[Message]:
@@ -323,7 +330,7 @@ class Sessions:
         s = r.sequence
         if s is None:
             raise Refused("offset", f"{len(r.tokens)} of {r.opened.length} tokens are here: send the rest before a round")
-        if m.round == r.round and r.round:
+        if m.round == r.round > 0 or (m.round < r.round and r.mirror is not None):  # or it does not know yet that the server has gone on
             return self._repeat(r, m)
         if r.flying or m.round != r.round + 1:
             raise Refused("round", f"round {m.round} came, but round {r.round} {'awaits its verdict' if r.flying else 'was the last'}")
@@ -337,14 +344,28 @@ class Sessions:
         if r.usage.in_flight >= r.usage.quota.in_flight > 0:
             raise Full(f"{r.usage.in_flight} rounds of this account await their verdicts already", RETRY_ROUND)
         self._afford(r.usage)
-        r.round, r.taken = m.round, now
+        r.round, r.taken, r.mirror, r.unasked = m.round, now, None, False
         if not s.finish:
             self.engine.run_until(s, min(m.run_until, s.limit))
         if m.base < len(s.tokens) or s.finish:
-            return [self._catch_up(r, m.base)]
+            return [self._catch_up(r, m.round, m.base)]
         self.engine.offer(s, tree, now)
+        r.mirror = Mirror(tree, m.round, m.ahead) if m.ahead and not s.alone else None
         r.moved = now  # not before: what asks for no row moves nothing
         self._fly(r, True)
+        return []
+
+    def _grown(self, r: Remote, m: wire.Grown) -> list[Message]:
+        """Take what has grown at the edge. What does not follow on what is here comes too late, or after a loss: it is dropped, for it costs no
+        more than time."""
+        if r.mirror is not None and (r.mirror.since, r.mirror.next) == (m.since, m.first):
+            try:
+                tokens, parents, steps = wire.unpack_nodes(m)
+                if tokens and max(tokens) >= self.engine.vocab:
+                    raise TreeError(f"a node carries token {max(tokens)}, which is outside the vocabulary of {self.engine.vocab}")
+                r.mirror.add(tokens, parents, steps)
+            except (TreeError, wire.WireError) as e:
+                raise Refused("tree", f"{e}") from None
         return []
 
     def _repeat(self, r: Remote, m: wire.Draft) -> list[Message]:
@@ -355,26 +376,38 @@ class Sessions:
             raise Refused("base", f"the text has {known} tokens here, round {m.round} builds on {m.base}")
         if r.last is not None and r.last.base == m.base and r.last.round == m.round:
             return [r.last]
-        return [self._catch_up(r, m.base)]
+        return [self._catch_up(r, m.round, m.base)]
 
-    def _catch_up(self, r: Remote, base: int) -> wire.Verdict:
-        """All tokens from `base` on, for an edge that is behind; as many as one frame holds."""
+    def _catch_up(self, r: Remote, number: int, base: int) -> wire.Verdict:
+        """The answer to round `number`: all tokens from `base` on, for an edge that is behind; as many as one frame holds."""
         assert r.sequence is not None
         tokens = r.sequence.tokens[base : base + wire.CHUNK]
         finish = r.sequence.finish if base + len(tokens) == len(r.sequence.tokens) else ""
-        return wire.Verdict(r.opened.session, r.round, base, 0, wire.pack_ids(tokens), 0, wire.FINISH.index(finish), self._budget(r), 0, 0)
+        return wire.Verdict(
+            r.opened.session, number, base, 0, wire.pack_ids(tokens), 0, wire.FINISH.index(finish), self._budget(r), 0, 0, 0, *self._next(r)
+        )  # fmt: skip
 
-    def _verdict(self, r: Remote, v: request.Verdict, now: float, spent: float) -> wire.Verdict:
+    @staticmethod
+    def _next(r: Remote) -> tuple[int, int]:
+        """The last fields of a VERDICT: the round that the server has begun by itself, and since when nodes are numbered as they are now."""
+        return (r.round, r.mirror.since) if r.flying and r.mirror is not None else (0, 0)
+
+    def _verdict(self, r: Remote, v: request.Verdict, now: float, spent: float, tree: TokenTree | None) -> wire.Verdict:
+        """`tree`: with which the next round has begun, if it has."""
         r.heard = r.moved = now  # whoever is being served is not silent
         queue = max(0.0, now - r.taken - spent) if r.flying else 0.0
+        row, tokens = (0, [*v.path, *v.tokens]) if r.unasked else (v.row, list(v.tokens))  # what the rows of its tree were the edge does not know
         message = wire.Verdict(
-            r.opened.session, r.round, v.base, v.row, wire.pack_ids(list(v.tokens)), min(v.verified, 2**16 - 1),
+            r.opened.session, r.round, v.base, row, wire.pack_ids(tokens), min(v.verified, 2**16 - 1),
             wire.FINISH.index(v.finish), self._budget(r), min(int(queue * 1e6), 2**32 - 1), min(int(spent * 1e6), 2**32 - 1),
             min(self.engine.rows, 2**16 - 1),
         )  # fmt: skip
+        if tree is not None and r.mirror is not None:
+            r.round, r.taken, r.unasked = r.mirror.round, now, True
+            message = replace(message, next=r.round, since=r.mirror.since, nodes=len(tree))
         if r.flying:
             r.last = replace(message, verified=0, rows=0)  # when it comes again nothing will have been run for it
-        self._fly(r, False)
+        self._fly(r, tree is not None)
         return message
 
     def _budget(self, r: Remote) -> int:

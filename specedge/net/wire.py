@@ -14,10 +14,10 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from specedge.tree import MAX_NODES, TokenTree
+from specedge.tree import GROWN, MAX_NODES, TokenTree
 
 MAGIC = b"SPEG"
-MAJOR, MINOR = 1, 2
+MAJOR, MINOR = 1, 3
 HEADER = struct.Struct("<4sBBBBII")
 SIZES = (512, 2048, 65536)
 CHUNK = 16000  # token ids in one PROMPT or VERDICT frame: 64,000 bytes, which leaves room for the other fields
@@ -96,6 +96,7 @@ class Welcome(Message):
     pass_us: U32 = 0  # what a step of up to `knee` rows takes; 0: not known yet; since 1.2
     row_ns: U32 = 0  # and every further row
     knee: U16 = 0
+    ahead: Annotated[int, Meta(ge=0, lt=2)] = 0  # 1: GROWN is taken; since 1.3
 
 
 class Open(Message):
@@ -137,6 +138,18 @@ class Draft(Message):
     tokens: Annotated[bytes, Meta(max_length=4 * MAX_NODES)]
     parents: Annotated[bytes, Meta(max_length=MAX_NODES)]
     run_until: U32 = 0
+    ahead: U8 = 0  # nodes of the trees with which the server may begin further rounds by itself, from what GROWN tells; 0: it may not; since 1.3
+
+
+class Grown(Message):
+    """Edge -> server: nodes that have grown since the DRAFT, or the round, `since`. `first` is the number of the first of them; since 1.3."""
+
+    session: SessionId
+    since: U32
+    first: U16
+    tokens: Annotated[bytes, Meta(max_length=4 * GROWN)]
+    parents: Annotated[bytes, Meta(max_length=2 * GROWN)]  # little-endian u16 numbers
+    steps: Annotated[bytes, Meta(max_length=GROWN)]  # how much less likely than its parent each is, in 1/32 of a natural logarithm
 
 
 class Verdict(Message):
@@ -153,6 +166,9 @@ class Verdict(Message):
     queue_us: U32
     verify_us: U32
     rows: U16 = 0  # of the step: `verified`, and those of other sessions; 0: nobody says; since 1.2
+    next: U32 = 0  # the round that the server has begun by itself; 0: it waits for the next DRAFT; since 1.3
+    since: U32 = 0  # the round of which on the nodes of GROWN are numbered
+    nodes: U8 = 0  # of the tree of the round `next`
 
 
 class Cancel(Message):
@@ -225,7 +241,7 @@ class Error(Message):
 
 TYPES: dict[type[Message], int] = {
     Hello: 1, Welcome: 2, Open: 3, Prompt: 4, Opened: 5, Draft: 6, Verdict: 7, Cancel: 8, Close: 9, Lease: 10, Resume: 11, Resumed: 12,
-    NeedPrefill: 13, Gone: 14, Error: 15, Busy: 16, GoAway: 17,
+    NeedPrefill: 13, Gone: 14, Error: 15, Busy: 16, GoAway: 17, Grown: 18,
 }  # fmt: skip
 NO_SESSION = bytes(16)
 
@@ -287,3 +303,11 @@ def unpack_ids(data: bytes) -> NDArray[np.uint32]:
 def unpack_tree(draft: Draft) -> TokenTree:
     """The tree of a DRAFT, unchecked but for its lengths (`TokenTree.check` does the rest)."""
     return TokenTree(unpack_ids(draft.tokens), np.frombuffer(draft.parents, np.uint8))
+
+
+def unpack_nodes(grown: Grown) -> tuple[list[int], list[int], list[int]]:
+    """Tokens, parents and steps of a GROWN; WireError if they are not equally many."""
+    tokens = unpack_ids(grown.tokens).tolist()
+    if not 2 * len(tokens) == len(grown.parents) == 2 * len(grown.steps):
+        raise WireError(f"{len(tokens)} tokens, {len(grown.parents)} bytes of parents and {len(grown.steps)} steps do not go together")
+    return tokens, np.frombuffer(grown.parents, "<u2").tolist(), list(grown.steps)

@@ -4,6 +4,7 @@ The K/V of a row is a hash of the whole path of tokens that it saw; a forward pa
 so a wrong slot, page, ancestor bit or position shows up at once.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,10 +16,13 @@ import torch
 from specedge.config import MAX_ROWS_PER_TREE, DraftConfig, EngineConfig, SamplingParams
 from specedge.engine.batch import BatchBuilder
 from specedge.engine.cost import CostModel
-from specedge.engine.drafter import Drafter, Session
+from specedge.engine.drafter import OFTEN, Drafter
+from specedge.engine.growing import STEEP, STEPS, WORTHY, Session
+from specedge.engine.mirror import Mirror
 from specedge.engine.model import Abandoned
 from specedge.engine.pace import Served
 from specedge.kernels import gumbel
+from specedge.tree import GROWN, NUMBERS, TokenTree, make_tree
 
 VOCAB = 24
 
@@ -255,6 +259,92 @@ def test_trees_are_the_best_nodes_in_falling_order() -> None:
     tree = d.submit(s, 20)
     assert [n.score for n in s.submitted or []] == scores[:20]
     tree.check(VOCAB)
+
+
+@pytest.mark.parametrize("wild", [0.0, 0.3])
+def test_a_server_that_is_told_has_the_same_tree(wild: float) -> None:
+    """Over many rounds that it begins by itself, with what it was told by then, or with the root alone: what it holds below its root are nodes of the
+    edge, under the same numbers, and the best ones first."""
+    rng = np.random.default_rng(5)
+    d = make(width=6, branch=4)
+    d._clock = itertools.count().__next__  # type: ignore[assignment]  # so that it is always time to tell
+    params = SamplingParams(0.8, 400, seed=3)
+    s = grown(d, [1, 2, 3], params)
+    s.limit = 400
+    ahead = anew = late = 0
+    mirror = Mirror(d.submit(s, 9), 1)
+    for _ in range(150):
+        held = list[tuple[int, list[tuple[int, int, int]]]]()  # what is on its way when the verdict is given
+        for _ in range(int(rng.integers(0, 8))):
+            d.grow()
+            held.append(d.more(s))
+        arrived = max(0, len(held) - int(rng.integers(0, 3)))
+        for first, nodes in held[:arrived]:
+            assert first == mirror.next
+            mirror.add([n[0] for n in nodes], [n[1] for n in nodes], [n[2] for n in nodes])
+        tree = mirror.tree(int(rng.integers(0, 7))) if ahead or anew else d_tree(s)
+        text, row, children = list(s.tokens), 0, tree.children()
+        while (token := target(text, params, wild, rng)) in children[row]:
+            row = children[row][token]
+            text.append(token)
+        known = mirror.move(row, token)
+        mirror.begin(known)
+        d.verdict(s, 0, [*text, token][len(s.tokens) :], None, mirror.size, not known)
+        ahead, anew = ahead + known, anew + (not known)
+        for first, nodes in held[arrived:]:  # after a new beginning it is of no use
+            late += known
+            if known:
+                assert first == mirror.next
+                mirror.add([n[0] for n in nodes], [n[1] for n in nodes], [n[2] for n in nodes])
+        own = {n.number: n for n in s.nodes if n.number}
+        assert s.told + 1 == mirror.next
+        theirs = {n: node for n, node in mirror._nodes.items() if n != mirror._root}
+        assert {n: node.token for n, node in theirs.items()} == {n: node.token for n, node in own.items()}
+        assert all(theirs[n].children == {t: c.number for t, c in node.children.items() if c.number} for n, node in own.items())
+        audit(d, s)
+        if len(s.tokens) > 380:
+            break
+    assert ahead > 12 and late > 10 and anew > 5, (ahead, late, anew)
+
+
+def d_tree(s: Session) -> TokenTree:
+    """The tree that was submitted last."""
+    nodes = s.submitted or []
+    row = {id(n): i for i, n in enumerate(nodes, 1)} | {id(s.root): 0}
+    return make_tree([n.token for n in nodes], [row[id(n.parent)] for n in nodes])
+
+
+def test_what_is_told_is_worth_it() -> None:
+    """Every node that is reached once in a thousand times, the likeliest first, and none twice; at most OFTEN times in a step."""
+    d = make(width=6, branch=8)
+    now = [0.0]
+    d._clock = lambda: now[0]
+    s = grown(d, [1, 2, 3], forwards=2)
+    d.submit(s, 3)
+    now[0] = 1.0
+    first, nodes = d.more(s)
+    worthy = sum(n.score >= WORTHY for n in s.nodes) - 3
+    assert first == 4 and len(nodes) == s.told - 3 == min(worthy, GROWN) > 5
+    assert s.told < len(s.nodes), "and not the others"
+    steps = {n.number: n.score for n in s.nodes if n.number}
+    assert [steps[i] for i in range(4, s.told + 1)] == sorted((steps[i] for i in range(4, s.told + 1)), reverse=True)
+    for i, (token, parent, step) in enumerate(nodes, 4):
+        node = next(n for n in s.nodes if n.number == i)
+        assert (token, parent) == (node.token, node.parent.number)  # type: ignore[union-attr]
+        assert step == min(STEEP, round(STEPS * (node.parent.score - node.score)))  # type: ignore[union-attr]
+    d.grow()
+    assert d.more(s) == (s.told + 1, [])
+    now[0] += 1.01 * d.pace.verify.predict(1, 0) / OFTEN
+    assert 0 < len(d.more(s)[1]) <= GROWN
+    now[0] += 1.0
+    s.told = NUMBERS - len(s.nodes)
+    d.grow()
+    assert d.more(s)[1] == [], "there are no more numbers"
+
+
+@pytest.mark.parametrize("config", [{"ahead": False}, {"proactive": False}, {"depth": 3}, {"tree_size": 0}])
+def test_who_tells_nothing(config: dict[str, object]) -> None:
+    assert make().tells and not make(**config).tells
 
 
 def test_many_sessions_share_one_forward() -> None:

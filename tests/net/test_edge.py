@@ -677,6 +677,7 @@ DRAFTS: dict[str, dict[str, object] | None] = {  # name: how the draft differs f
     "one node": {"seed": 3, "tree_size": 1},
     "large trees": {"seed": 4, "tree_size": 120, "width": 60, "depth": 4},
     "not proactive": {"seed": 3, "proactive": False},
+    "not ahead": {"seed": 3, "ahead": False},
     "room for one": {"seed": 3, "max_sessions": 1},
 }
 
@@ -705,6 +706,38 @@ def test_the_ids_are_those_of_the_target(server: Server, oracle: Engine, tmp_pat
     if drafts is not None:
         drafts.pool.check()
         assert len(drafts.pool._free) == drafts.pool.total and not drafts._sessions
+
+
+def test_the_server_goes_on_while_the_edge_draws_breath(server: Server, oracle: Engine, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a draft that is the target, and steps that take a while: most rounds are begun by the server, from what had grown; the ids are the same.
+    An edge that tells nothing has to ask for every round."""
+    step = server._engine.step
+
+    def slow(most: int) -> object:
+        time.sleep(0.06)
+        return step(most)
+
+    monkeypatch.setattr(server._engine, "step", slow)
+    params = SamplingParams(0.8, 40, seed=7)
+    want = [c.token_ids for c in oracle.generate([[5], [7, 3, 9]], params)]
+    asked, rounds = {True: 0, False: 0}, {True: 0, False: 0}
+    for ahead in (True, False):
+        drafts = drafter(model, DraftConfig(tree_size=3, ahead=ahead, autopilot=False, engine=EngineConfig(kv_tokens=8192, max_rows=256)))
+        with Edge(server.address, drafts) as edge:
+            send = edge._link.send
+
+            def count(m: Message, send: Callable[[Message], int] = send, ahead: bool = ahead) -> int:
+                asked[ahead] += isinstance(m, Draft)
+                assert ahead or not isinstance(m, wire.Grown)
+                return send(m)
+
+            monkeypatch.setattr(edge._link, "send", count)
+            done = background(edge.generate, [[5], [7, 3, 9]], params).result(PATIENCE)
+        assert [c.token_ids for c in done] == want
+        rounds[ahead] = sum(c.speculation.rounds for c in done)
+        assert all(c.speculation.accepted <= c.speculation.drafted <= 3 * c.speculation.rounds for c in done)
+        assert all(c.speculation.tokens_per_round(40) > 2 for c in done)
+    assert asked[False] >= rounds[False] and asked[True] < rounds[True] / 2, (asked, rounds)
 
 
 def test_an_edge_has_many_callers(server: Server, oracle: Engine, model: Path) -> None:

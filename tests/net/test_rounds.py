@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
+from msgspec.structs import replace
 
 from specedge.config import SamplingParams
 from specedge.engine.engine import Engine
@@ -28,6 +29,7 @@ from specedge.net.wire import (
     Draft,
     Error,
     Gone,
+    Grown,
     Hello,
     Lease,
     Message,
@@ -95,7 +97,7 @@ def test_a_round_survives_a_reconnect(opened: Rounds) -> None:
     opened.take(Resumed(opened.id, 3, 0), 9.0)
     assert opened.speak(9.0, LEASE) == [Draft(opened.id, 1, 3, pack_ids([5, 6]), bytes([0, 1]), 0)]
     step = opened.take(verdict(opened, row=2), 9.5)
-    assert step is not None and (step.row, step.path, step.tokens, step.finish, len(step.tree)) == (2, [5, 6], [9], "", 2)
+    assert step is not None and (step.row, step.path, step.tokens, step.finish, step.nodes) == (2, [5, 6], [9], "", 2)
     assert opened.tokens == [1, 2, 3, 5, 6, 9]
 
 
@@ -286,6 +288,43 @@ def test_the_server_decodes_for_a_while(models: tuple[Engine, Engine]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# rounds that the server begins
+
+
+def test_a_round_that_the_server_has_begun(opened: Rounds) -> None:
+    """It is awaited like one that was asked for, its verdict names all tokens, and when it is late the same is asked again."""
+    opened.ahead = 31
+    step = opened.take(replace(verdict(opened, row=2), next=2, since=1, nodes=7), 1.0)
+    assert step is not None and (step.path, step.tokens, step.ahead, step.anew) == ([5, 6], [9], 7, False)
+    assert (opened.round, opened.since, opened.tells) == (2, 1, True) and opened.speak(1.0, LEASE) == []
+    assert opened.grown(3, [(8, 2, 10), (9, 3, 255)]) == Grown(opened.id, 1, 3, pack_ids([8, 9]), bytes([2, 0, 3, 0]), bytes([10, 255]))
+    assert opened.speak(1.0 + RESEND, LEASE) == [Draft(opened.id, 2, 6, b"", b"", 0, 31)]
+    step = opened.take(replace(verdict(opened, 2, 6, tokens=(8, 4)), next=3, since=3), 5.0)
+    assert step is not None and (step.path, step.tokens, step.nodes, step.ahead, step.anew) == ([8], [4], 7, 0, True)
+    step = opened.take(verdict(opened, 3, 8), 6.0)
+    assert step is not None and step.ahead is None and opened.sent is None and not opened.tells
+    opened.offer(EMPTY, 0, 6.0)
+    assert (opened.round, opened.since) == (4, 4) and opened.tokens == [1, 2, 3, 5, 6, 9, 8, 4, 9]
+
+
+def test_verdicts_that_were_lost_while_the_server_went_on(opened: Rounds) -> None:
+    """The answer to the last round that is known holds all tokens since, and where the server is by now."""
+    opened.ahead = 31
+    opened.connect("a", 5.0)
+    opened.speak(5.0, LEASE)
+    opened.take(Resumed(opened.id, 9, 4), 6.0)
+    assert kinds(opened, 6.0) == [Draft]
+    step = opened.take(replace(verdict(opened, tokens=(5, 6, 9, 8)), verified=0, next=4, since=4), 7.0)
+    assert step is not None and (step.path, step.tokens, step.ahead, step.anew) == ([], [5, 6, 9, 8], 0, True)
+    assert (opened.round, opened.tokens) == (4, [1, 2, 3, 5, 6, 9, 8])
+
+
+def test_nobody_who_did_not_ask_is_taken_ahead(opened: Rounds) -> None:
+    step = opened.take(replace(verdict(opened), next=2, since=2), 1.0)
+    assert step is not None and step.ahead is None and opened.sent is None and opened.round == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # everything at once
 
 
@@ -298,8 +337,17 @@ class Client:
     user: str
     peer: Peer
     finished: bool = False
+    since: int = 0  # of the numbers in `chain`
+    told: int = 0  # nodes that have numbers
+    chain: dict[int, int] = field(default_factory=dict)  # numbers of the nodes that carry the goal's tokens, by their indices; the root is one
     up: list[tuple[Peer, Message]] = field(default_factory=list)
     down: list[Message] = field(default_factory=list)
+
+    def number(self, right: int) -> None:
+        """A tree as `likely` makes it: every second node is right."""
+        root = len(self.rounds.tokens) - 1
+        self.since, self.told = self.rounds.since, 2 * right
+        self.chain = {root + i: 2 * i for i in range(right + 1)}
 
 
 class Machine(RuleBasedStateMachine):
@@ -363,6 +411,8 @@ class Machine(RuleBasedStateMachine):
             return
         if step is not None:
             c.finished = bool(step.finish)
+            if step.ahead is not None and step.anew:
+                c.number(0)
         assert c.finished == (len(c.rounds.tokens) == len(c.goal))
 
     @rule(
@@ -377,12 +427,24 @@ class Machine(RuleBasedStateMachine):
         self.connect(c)
         return c
 
-    @rule(c=clients, right=st.integers(0, 12), alone=st.sampled_from([0, 0, 1, 4, 99]))
-    def draft(self, c: Client, right: int, alone: int) -> None:
-        """A tree, or leave the next `alone` tokens to the server."""
+    @rule(c=clients, right=st.integers(0, 12), alone=st.sampled_from([0, 0, 1, 4, 99]), ahead=st.sampled_from([0, 3, 31]))
+    def draft(self, c: Client, right: int, alone: int, ahead: int) -> None:
+        """A tree, perhaps one that goes on growing, or leave the next `alone` tokens to the server."""
         if c.rounds.sent is None and not c.finished:
-            known = len(c.rounds.tokens)
-            c.rounds.offer(EMPTY if alone else likely(c.goal[known:][:right]), known + alone if alone else 0, self.now)
+            known, c.rounds.ahead = len(c.rounds.tokens), ahead
+            ids = [] if alone else c.goal[known:][:right]
+            c.rounds.offer(likely(ids), known + alone if alone else 0, self.now)
+            c.number(len(ids))
+
+    @rule(c=clients, most=st.integers(1, 5))
+    def grow(self, c: Client, most: int) -> None:
+        """The right nodes behind the last one, and a wrong one beside each."""
+        if c.rounds.tells and not c.finished:
+            at, first, nodes = max(c.chain), c.told + 1, list[tuple[int, int, int]]()
+            for i in range(at + 1, min(at + 1 + most, len(c.goal))):
+                nodes += [((c.goal[i] + 1) % VOCAB, c.chain[i - 1], 40), (c.goal[i], c.chain[i - 1], 3)]
+                c.chain[i] = c.told = c.told + 2
+            c.up.append((c.peer, c.rounds.grown(first, nodes)))
 
     @rule(c=clients)
     def say(self, c: Client) -> None:

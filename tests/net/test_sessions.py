@@ -29,6 +29,7 @@ from specedge.net.wire import (
     Draft,
     Error,
     GoAway,
+    Grown,
     Hello,
     Lease,
     Message,
@@ -195,7 +196,7 @@ def test_welcome_says_what_is_served(desk: Desk, monkeypatch: pytest.MonkeyPatch
     (welcome,) = desk.say(Hello("test", b""))
     assert isinstance(welcome, Welcome) and welcome.build.startswith("specedge ")
     limits = wire.Limits(MAX_NODES, CONTEXT, 256)
-    assert welcome == Welcome(welcome.build, MODEL, b"", VOCAB, [5, 104], limits, 600_000, wire.Load(0, 1024, 1024))
+    assert welcome == Welcome(welcome.build, MODEL, b"", VOCAB, [5, 104], limits, 600_000, wire.Load(0, 1024, 1024), ahead=1)
     assert desk.say(Hello("again", b"")) == [welcome]
 
 
@@ -448,6 +449,121 @@ def test_rows_of_a_verdict(desk: Desk) -> None:
     desk.draft(Y, 1, likely([1, 2, 3, 4]))
     found = {m.session: (m.verified, m.rows) for _, m in desk.sessions.verdicts(desk.engine.step(), desk.now, 0.1) if isinstance(m, Verdict)}
     assert sum(own for own, _ in found.values()) == found[X][1] == found[Y][1] and found[X][0] < found[Y][0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rounds ahead
+
+
+def growing(desk: Desk, ids: list[int], right: int = 2) -> None:
+    """A session whose first tree has the first `right` of `ids`, each behind a wrong guess, and goes on growing."""
+    desk.open()
+    desk.trees[X] = tree = likely(ids[:right])
+    assert desk.say(Draft(X, 1, len(PROMPT), pack_ids(tree.tokens), tree.parents.tobytes(), 0, MAX_NODES)) == []
+
+
+def grown(ids: list[int], first: int = 5, parent: int = 4, since: int = 1) -> Grown:
+    """A chain of `ids` below node `parent`."""
+    parents = [parent, *range(first, first + len(ids) - 1)]
+    return Grown(X, since, first, pack_ids(ids), b"".join(p.to_bytes(2, "little") for p in parents), bytes(len(ids)))
+
+
+def test_the_server_goes_on_with_what_has_grown(desk: Desk) -> None:
+    """Without another DRAFT, to the end of the chain; the verdicts name all tokens."""
+    ids = desk.ids()
+    growing(desk, ids)
+    assert desk.say(grown(ids[2:5])) == [] and desk.say(grown(ids[5:9], 8, 7)) == []
+    ((_, first),) = desk.step()
+    assert isinstance(first, Verdict) and (first.row, unpack_ids(first.tokens).tolist()) == (4, ids[2:3])
+    assert (first.round, first.next, first.since, first.nodes) == (1, 2, 1, 6) and desk.engine.busy
+    desk.take(first)
+    refused(desk.draft(X, 3), "round", number=3)
+    ((_, second),) = desk.step()
+    assert isinstance(second, Verdict) and (second.round, second.row, second.next) == (2, 0, 0) and not desk.engine.busy
+    assert unpack_ids(second.tokens).tolist() == ids[3:10] and second.verified == 7
+    desk.take(second)
+    assert desk.finish(X, 3) == ids[10:] and desk.texts[X] == PROMPT + ids
+
+
+def test_nodes_may_come_while_the_server_is_ahead(desk: Desk) -> None:
+    """Numbers stay what they were, whatever the root is by then; below what is gone nothing counts."""
+    ids = desk.ids()
+    growing(desk, ids)
+    desk.say(grown(ids[2:5]))
+    desk.step()
+    wrong = (ids[5] + 1) % VOCAB
+    assert desk.say(grown([wrong], 8, 1)) == [], "below a wrong guess of the first tree, which is gone"
+    assert desk.say(grown(ids[5:8], 9, 7)) == []
+    ((_, second),) = desk.step()
+    assert isinstance(second, Verdict) and unpack_ids(second.tokens).tolist() == ids[3:6] and (second.next, second.since, second.nodes) == (3, 1, 2)
+    ((_, third),) = desk.step()
+    assert isinstance(third, Verdict) and unpack_ids(third.tokens).tolist() == ids[6:9] and third.next == 0
+
+
+def test_beside_others_a_round_begins_with_the_root_alone(desk: Desk) -> None:
+    """Then nodes are numbered from there on; and not twice."""
+    ids = desk.ids()
+    growing(desk, ids)
+    desk.open(Y, peer=BOB)
+    desk.draft(Y, until=CONTEXT, peer=BOB)
+    verdicts = [m for p, m in desk.step() if p == ADA]
+    assert [(m.next, m.since, m.nodes) for m in verdicts if isinstance(m, Verdict)] == [(2, 2, 0)]
+    assert desk.say(grown(ids[3:5])) == [], "that was of the numbers before"
+    assert desk.say(grown(ids[3:6], 1, 0, since=2)) == []
+    verdicts = [m for p, m in desk.step() if p == ADA]
+    assert [(m.row, unpack_ids(m.tokens).tolist(), m.next, m.since, m.nodes) for m in verdicts if isinstance(m, Verdict)] == [(0, ids[3:4], 3, 2, 2)]
+    verdicts = [m for p, m in desk.step() if p == ADA]
+    assert [(unpack_ids(m.tokens).tolist(), m.next, m.nodes) for m in verdicts if isinstance(m, Verdict)] == [(ids[4:7], 4, 0)]
+    verdicts = [m for p, m in desk.step() if p == ADA]
+    assert [(unpack_ids(m.tokens).tolist(), m.next) for m in verdicts if isinstance(m, Verdict)] == [(ids[7:8], 0)]
+
+
+def test_an_edge_that_missed_verdicts_is_told_all(desk: Desk) -> None:
+    """Whether the server is still ahead or waits; a repeat of the round that it is at brings a sign of life."""
+    ids = desk.ids()
+    growing(desk, ids)
+    desk.say(grown(ids[2:6]))
+    ((_, first),) = desk.step()
+    assert isinstance(first, Verdict) and first.next == 2
+    assert desk.draft() == [replace_verdict(first, verified=0, rows=0)]
+    assert [(m.round, m.tokens, m.next) for m in desk.draft(X, 2, base=len(PROMPT) + 3) if isinstance(m, Verdict)] == [(2, b"", 2)]
+    desk.step()
+    for number in (1, 2):
+        (told,) = desk.draft(X, number)
+        assert isinstance(told, Verdict) and (told.round, told.base, told.row, told.next) == (number, len(PROMPT), 0, 0)
+        assert unpack_ids(told.tokens).tolist() == ids[:7]
+    assert desk.say(wire.Resume(X)) == [wire.Resumed(X, len(PROMPT) + 7, 2)]
+
+
+@pytest.mark.parametrize("message", [
+    grown([1], first=6), grown([1], first=4), grown([1], since=2), grown([1], since=0), Grown(Y, 1, 5, pack_ids([1]), bytes([4, 0]), bytes(1)),
+])  # fmt: skip
+def test_what_does_not_follow_is_dropped(desk: Desk, message: Grown) -> None:
+    ids = desk.ids()
+    growing(desk, ids)
+    assert desk.say(message) == [] == desk.say(grown(ids[2:5]), BOB)
+    assert [m.next for m in desk.run()] == [0]
+    assert desk.say(grown(ids[2:5])) == [], "there is no tree any more"
+
+
+@pytest.mark.parametrize("message", [
+    grown([VOCAB]), grown([1], parent=5), grown([1], parent=65535), Grown(X, 1, 5, pack_ids([1]), bytes(1), bytes(1)),
+    Grown(X, 1, 5, pack_ids([1]), bytes(2), b""), Grown(X, 1, 5, b"abc", bytes(2), bytes(1)),
+])  # fmt: skip
+def test_what_is_no_tree_ends_the_session(desk: Desk, message: Grown) -> None:
+    growing(desk, desk.ids())
+    refused(desk.say(message), "tree")
+    assert len(desk.sessions) == 0 and desk.run() == []
+
+
+def test_only_who_says_so_is_taken_ahead(desk: Desk) -> None:
+    """Not a session without `ahead`, nor one that the server writes alone."""
+    ids = desk.ids()
+    desk.open()
+    desk.draft(tree=likely(ids[:2]))
+    assert desk.say(grown(ids[2:5])) == [] and [m.next for m in desk.run()] == [0]
+    assert desk.say(Draft(X, 2, len(PROMPT) + 3, b"", b"", len(PROMPT) + 5, 1)) == []
+    assert desk.say(grown(ids[4:6], 1, 0, since=2)) == [] and [m.next for m in desk.run()] == [0, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
