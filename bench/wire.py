@@ -203,8 +203,8 @@ def revoking(quick: bool) -> Figures:
 
 
 def traffic(quick: bool) -> Figures:
-    """Bytes of drafted texts of 31 nodes a round, whole, openings and acknowledgements of ZeroMQ included, as they pass on the network; of rounds that
-    their edge asks for, and where it tells what grows."""
+    """Bytes of drafted texts of 31 nodes a round, whole, openings and acknowledgements of ZeroMQ included, as they pass on the network: of rounds
+    that an edge asks for, and where it tells what grows."""
     asked, ahead = _traffic(quick, False), _traffic(quick, True)
     return asked | {f"{name}_ahead": value for name, value in ahead.items() if name != "paper_bytes_per_round"}
 
@@ -218,7 +218,8 @@ def _traffic(quick: bool, ahead: bool) -> Figures:
 
     with House() as house:
         server, key = house.serve(), house.key("ann")
-        with Proxy(server.endpoint, note) as proxy, Edge(f"{proxy.address}/?{server.address.partition('/?')[2]}", drafter(ahead=ahead), key=key) as edge:
+        drafts, pinned = drafter(ahead=ahead), server.address.partition("/?")[2]
+        with Proxy(server.endpoint, note) as proxy, Edge(f"{proxy.address}/?{pinned}", drafts, key=key) as edge:
             for drafted in (sizes[0], sizes[1]):
                 drafted.clear()
             before, params = list(proxy.bytes), SamplingParams(0.0, 40 if quick else 400, ignore_eos=True)

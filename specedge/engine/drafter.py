@@ -37,7 +37,7 @@ from specedge.tree import EMPTY, NUMBERS, TokenTree, make_tree
 
 START, BRIEF = 4, 0.03  # forwards of a tree, and seconds for them, as long as no round has been timed
 TRIED, TRIES = (4, 1, 2), 48  # these parts of the rows that a tree may have, in turn, until it is known what they cost: so many rounds at most
-OFTEN = 8  # times in a step at most that a server is told what has grown
+OFTEN, SELDOM = 8, 0.004  # times in a step, and seconds between two, at most and least that a server is told what has grown
 SHORT = 0.004  # seconds for which a verdict may be kept waiting by a forward
 UNLIKELY = math.log(1e-3)  # a child below this is not kept: it would be the 1000th guess, and costs as much to sort as the first
 
@@ -181,7 +181,7 @@ class Drafter:
         """What has grown since a server was last told: the number of the first node, and the nodes as Session.news has them. None but at so many
         times in a step, or if there are no more numbers."""
         now, first = self._clock(), session.told + 1
-        if now - session.last < self.pace.verify.predict(1, 0) / OFTEN or session.told + len(session.nodes) >= NUMBERS:
+        if now - session.last < max(SELDOM, self.pace.verify.predict(1, 0) / OFTEN) or session.told + len(session.nodes) >= NUMBERS:
             return first, []
         session.last = now
         return first, session.news()
