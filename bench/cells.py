@@ -92,7 +92,8 @@ def figures(waves: list[list[Record]], server: dict[str, Any], edges: list[dict[
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """When what happened to a tree: sent by its edge, at the server, verified from `begun` to `ended`, back at the edge, taken there."""
+    """When what happened to a tree: sent by its edge, at the server, verified from `begun` to `ended`, back at the edge, taken there. One that the
+    server had already when its step began, `asked` by nobody, was sent and arrived then."""
 
     edge: int
     sent: float
@@ -106,40 +107,50 @@ class Round:
     nodes: int
     tokens: int
     hit: bool
+    asked: bool = True
 
 
 def rounds(logs: dict[str, Any]) -> list[Round]:
-    """The rounds that edges asked for, in order of verification; the last of each text is missing, for its verdict ends it, and so are those that the
-    server began by itself."""
+    """The rounds of a cell whose edges drafted, in order of verification; the last of each text is missing, for its verdict ends it."""
     who = {tuple(prompt): i for wave in logs["prompts"] for i, prompt in enumerate(wave)}
     edge_of = {order: who[tuple(prompt)] for order, prompt in logs["server"]["prompts"].items() if tuple(prompt) in who}
     up = sorted((came, left) for came, left, upward, *_ in logs["wire"] if upward)
     down = sorted((came, left) for came, left, upward, *_ in logs["wire"] if not upward)
-    found, answered = list[Round](), set[tuple[int, float]]()
+    found, answered, last = list[Round](), set[tuple[int, float]](), dict[int, float]()
     for begun, ended, _rows, verdicts in logs["server"]["steps"]:
-        for order, _base, _verified, tokens in verdicts:
+        for order, _base, verified, tokens in verdicts:
             edge = logs["edges"][edge_of[order]]
             sent, nodes = max((s for s in edge["submits"] if s[0] < begun), default=(None, 0))
             taken = min((v for v in edge["verdicts"] if v[0] > ended), default=None)
-            if sent is None or taken is None or (edge_of[order], sent) in answered:  # the last: the server goes on alone, without a tree
+            if sent is None or taken is None:
                 continue
+            asked = (edge_of[order], sent) not in answered
+            if not asked and last.get(edge_of[order]) not in edge.get("begun", ()):  # the server goes on alone, without a tree
+                continue
+            if not asked:
+                sent, nodes = begun, verified - 1
             answered.add((edge_of[order], sent))
+            last[edge_of[order]] = taken[0]
             arrived = min((left for came, left in up if came >= sent), default=begun)
             came = max((left for came, left in down if ended <= came and left <= taken[0]), default=taken[0])
             before, after = max(((v[0], v[1]) for v in edge["verdicts"] if v[0] <= sent), default=(float("nan"), False))
             found.append(
-                Round(edge_of[order], sent, sent - before, after, min(arrived, begun), begun, ended, came, taken[0], nodes, tokens, taken[1])
+                Round(
+                    edge_of[order], sent, sent - before, after, min(arrived, begun), begun, ended, came, taken[0], nodes, tokens, taken[1], asked
+                )
             )
     return found
 
 
 def breakdown(found: list[Round]) -> dict[str, float]:
-    """Median milliseconds of the parts of a round, drafting apart after a hit and after a miss."""
+    """Median milliseconds of the parts of a round, drafting apart after a hit and after a miss; those before its step only of rounds that were asked
+    for."""
     parts: dict[str, list[float]] = {"draft after a hit": [], "draft after a miss": []}
     for r in found:
         for name, a, b in (("up", r.sent, r.arrived), ("queue", r.arrived, r.begun), ("verify", r.begun, r.ended), ("down", r.ended, r.came),
                            ("unseen at the edge", r.came, r.taken)):  # fmt: skip
-            parts.setdefault(name, []).append(b - a)
-        if r.drafted == r.drafted:
+            if r.asked or name not in ("up", "queue"):
+                parts.setdefault(name, []).append(b - a)
+        if r.asked and r.drafted == r.drafted:
             parts[f"draft after a {'hit' if r.after else 'miss'}"].append(r.drafted)
     return {name: statistics.median(values) * 1e3 for name, values in parts.items() if values}

@@ -118,6 +118,7 @@ class LoggedDrafter(Drafter):
         self.grows: list[tuple[float, float, bool]] = []
         self.submits: list[tuple[float, int]] = []
         self.verdicts: list[tuple[float, bool, bool, int]] = []
+        self.begun: list[float] = []  # verdicts with which the server had begun the next round by itself
 
     def grow(self, stop: Callable[[], bool] | None = None) -> bool:
         waited = any(s.submitted is None for s in self._sessions)
@@ -136,7 +137,9 @@ class LoggedDrafter(Drafter):
         came, guess = time.monotonic(), single_guess(session)
         end = session.submitted[row - 1] if row and session.submitted else session.root
         guessed = guess is not None and guess.parent is end and tokens == [guess.token]
-        hit = super().verdict(session, row, tokens, *more)  # type: ignore[call-arg]
+        hit = super().verdict(session, row, tokens, *more)  # type: ignore[arg-type]
+        if more[1:2] not in ((), (None,)):
+            self.begun.append(came)
         self.verdicts.append((came, hit, guessed, row))
         return hit
 

@@ -254,5 +254,6 @@ class EdgeRole:
         """Disconnect; the log."""
         self._edge.close()
         d = self._drafter
-        log = {"grows": d.grows, "submits": d.submits, "verdicts": d.verdicts} if d else {"grows": [], "submits": [], "verdicts": []}
+        names = ("grows", "submits", "verdicts", "begun")
+        log: dict[str, Any] = {name: getattr(d, name) if d else [] for name in names}
         return log | {"late": self._runner.late, "paced": self._runner.paced, "cpu": time.process_time() - self._cpu}

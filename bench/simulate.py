@@ -223,8 +223,8 @@ class Simulation:
 
     def _more(self, what: tuple[Edge, int, int, list[tuple[int, int, int]]]) -> None:
         edge, since, first, nodes = what
-        if edge.mirror is not None and (edge.mirror.since, edge.mirror.next) == (since, first):
-            edge.mirror.add([n[0] for n in nodes], [n[1] for n in nodes], [n[2] for n in nodes])
+        if edge.mirror is not None:
+            edge.mirror.add(since, first, [n[0] for n in nodes], [n[1] for n in nodes], [n[2] for n in nodes])
 
     def _look(self, when: float | None) -> None:
         """What the server's thread does between messages; `when`: it wanted to look up then, if nothing happened before."""

@@ -85,7 +85,8 @@ def _round(
         if a >= span[0] and b <= span[1]:
             out.append(f'<line x1="{x(a):.1f}" y1="{ya}" x2="{x(b):.1f}" y2="{yb}" stroke="{colour}" stroke-width="1.4" {dash}/>')
 
-    line(r.sent, r.arrived, near, waits + (0 if over else QUEUE), "")
+    if r.asked:
+        line(r.sent, r.arrived, near, waits + (0 if over else QUEUE), "")
     line(r.ended, r.came, far, near, 'stroke-dasharray="3 3"')
     box(r.arrived, r.begun, waits, QUEUE, colour, 'opacity="0.45" rx="2"')
     box(r.begun, r.ended, share[0], share[1], colour, 'stroke="#ffffff"')
@@ -137,9 +138,11 @@ def perfetto(logs: dict[str, Any]) -> dict[str, Any]:
     for r in rounds(logs):
         edge = f"edge {chr(65 + r.edge)}"
         span(edge, "in flight", "hit" if r.hit else "miss", r.sent, r.taken, nodes=r.nodes, tokens=r.tokens)
-        span("wire", f"{edge} up", "draft", r.sent, r.arrived)
+        if r.asked:
+            span("wire", f"{edge} up", "draft", r.sent, r.arrived)
         span("wire", f"{edge} down", "verdict", r.ended, r.came)
-        span("server", f"queue of {edge}", "queue", r.arrived, r.begun)
+        if r.asked:
+            span("server", f"queue of {edge}", "queue", r.arrived, r.begun)
     for a, b, rows, verdicts in logs["server"]["steps"]:
         span("server", "step", "verify" if verdicts else "prompt", a, b, rows=rows, sessions=len(verdicts))
     return {"traceEvents": events, "displayTimeUnit": "ms"}

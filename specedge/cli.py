@@ -241,7 +241,7 @@ def _text_arguments(g: argparse.ArgumentParser) -> None:
     g.add_argument("--tree-size", type=int, default=31, metavar="N", help="nodes drafted per round at most (default: %(default)s)")
     g.add_argument("--depth", type=int, metavar="N", help="forwards a tree, all of its nodes sent (default: as measured times and odds say)")
     g.add_argument("--proactive", action=SWITCH, default=True, help="draft while a verdict is in flight")
-    g.add_argument("--ahead", action=SWITCH, default=True, help="and tell it, so that the server need not wait for the next tree")
+    g.add_argument("--ahead", action=SWITCH, default=True, help="and tell the server, which then need not wait for a tree; off with --depth")
     g.add_argument("--autopilot", action=SWITCH, default=True, help="leave the text to the server while drafting does not pay; off with --depth")
     _device_arguments(g)
 

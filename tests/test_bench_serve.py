@@ -162,6 +162,19 @@ def test_a_round_is_found_again_in_the_log() -> None:
     }  # fmt: skip
 
 
+def test_a_round_that_nobody_asked_for_is_found_too() -> None:
+    """Its tree was at the server when its step began; of what comes before a step it says nothing."""
+    log = logs()
+    last = max(v[0] for v in log["edges"][1]["verdicts"])
+    log["edges"][1]["begun"] = [last]
+    log["server"]["steps"].append((3.0, 3.1, 9, [(1, 136, 9, 3)]))
+    log["edges"][1]["verdicts"].append((3.11, True, False, 0))
+    *asked, unasked = rounds(log)
+    assert len(asked) == 20 and all(r.asked for r in asked)
+    assert (unasked.asked, unasked.sent, unasked.arrived, unasked.begun, unasked.nodes, unasked.tokens) == (False, 3.0, 3.0, 3.0, 8, 3)
+    assert {k: round(v, 3) for k, v in breakdown([*asked, unasked]).items() if k in ("up", "queue")} == {"up": 8.0, "queue": 12.0}
+
+
 def test_the_timeline_shows_every_round_of_its_span() -> None:
     svg = draw(logs(), "a & b", seconds=10)
     assert svg.count("+4</text>") == 16 and "a &amp; b" in svg and "nan" not in svg

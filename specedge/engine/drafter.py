@@ -37,7 +37,7 @@ from specedge.tree import EMPTY, NUMBERS, TokenTree, make_tree
 
 START, BRIEF = 4, 0.03  # forwards of a tree, and seconds for them, as long as no round has been timed
 TRIED, TRIES = (4, 1, 2), 48  # these parts of the rows that a tree may have, in turn, until it is known what they cost: so many rounds at most
-OFTEN, SELDOM = 8, 0.004  # times in a step, and seconds between two, at most and least that a server is told what has grown
+OFTEN, SELDOM = 8, 0.004  # times in a round, and seconds between two, at most and least that a server is told what has grown
 SHORT = 0.004  # seconds for which a verdict may be kept waiting by a forward
 UNLIKELY = math.log(1e-3)  # a child below this is not kept: it would be the 1000th guess, and costs as much to sort as the first
 
@@ -167,8 +167,9 @@ class Drafter:
         """The best `nodes` nodes, in falling score order; the session then awaits `verdict`."""
         best = self._best(session, nodes)
         row = {id(n): i for i, n in enumerate(best, 1)} | {id(session.root): 0}
-        session.submitted, session.size, session.sent, session.ahead = best, len(best), self._clock(), False
+        session.submitted, session.size, session.sent, session.unasked = best, len(best), self._clock(), False
         session.number(best)
+        session.tellings = 0
         self._rounds += 1
         return make_tree([n.token for n in best], [row[id(n.parent)] for n in best]) if best else EMPTY
 
@@ -179,11 +180,12 @@ class Drafter:
 
     def more(self, session: Session) -> tuple[int, list[tuple[int, int, int]]]:
         """What has grown since a server was last told: the number of the first node, and the nodes as Session.news has them. None but at so many
-        times in a step, or if there are no more numbers."""
+        times in a round, spread over a step, or if there are no more numbers."""
         now, first = self._clock(), session.told + 1
-        if now - session.last < max(SELDOM, self.pace.verify.predict(1, 0) / OFTEN) or session.told + len(session.nodes) >= NUMBERS:
+        soon = now - session.told_at < max(SELDOM, self.pace.verify.predict(1, 0) / OFTEN)
+        if soon or session.tellings >= OFTEN or session.told + len(session.nodes) >= NUMBERS:
             return first, []
-        session.last = now
+        session.told_at, session.tellings = now, session.tellings + 1
         return first, session.news()
 
     def verdict(
@@ -219,7 +221,7 @@ class Drafter:
         session.submitted = None
         self._root(session, new or self._node(text[-1], None, 0.0), walked)
         if ahead is not None:
-            session.submitted, session.size, session.sent, session.ahead = [], ahead, self._clock(), True
+            session.submitted, session.size, session.sent, session.unasked, session.tellings = [], ahead, self._clock(), True, 0
             if anew:
                 session.number([])
         depths = [n.depth for n in (session.root, *session.nodes) if n.slot >= 0]  # so deep have earlier forwards grown what is left
@@ -238,12 +240,12 @@ class Drafter:
             session.others = served.others
             # it came during that forward, or in its second half; counted whole, forwards would grow
             hidden = self._took / (4 if self._score.stops else 2) if now - self._ended < SHORT / 4 else 0.0
-            if session.ahead:  # nothing lies around that step but the way back of the verdict before
+            if session.unasked:  # nothing lies around that step but the way back of the verdict before
                 self.pace.verify.observe(served.rows, len(session.tokens), served.seconds)
             else:
                 self.pace.answered(now - session.sent - hidden, served, len(session.tokens))
-            if since is not None and served.seconds < now - since:
-                session.rate.add(tokens, now - since, served.seconds)
+            if since is not None and (session.unasked or served.seconds < now - since):  # rounds that nobody waits for last as long as their steps
+                session.rate.add(tokens, max(now - since, served.seconds), served.seconds)
         session.since = now
 
     def _commit(self, session: Session, path: list[Node]) -> None:
@@ -325,7 +327,7 @@ class Drafter:
         if not flying or not self.pace.known or self._awaited:
             return math.inf
         around = self.pace.around
-        due = min(s.sent + self.pace.away(s.others + s.size + 1, len(s.tokens)) - (around if s.ahead else 0.0) for s in flying)
+        due = min(s.sent + self.pace.away(s.others + s.size + 1, len(s.tokens)) - (around if s.unasked else 0.0) for s in flying)
         return due - self._clock()
 
     @property

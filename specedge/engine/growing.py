@@ -54,8 +54,9 @@ class Session:
     best: list[float] = field(default_factory=list)  # scores of as many of the best nodes as a tree may have, rising
     submitted: list[Node] | None = None  # rows 1..N of the tree whose verdict is awaited, if that is one that was submitted
     told: int = 0  # nodes that a server has been told of since they were last numbered
-    last: float = 0.0  # when it was told
-    ahead: bool = False  # it has begun the round that is awaited by itself
+    told_at: float = 0.0  # when it was told last
+    tellings: int = 0  # since the last verdict
+    unasked: bool = False  # the server has begun the round that is awaited by itself
     asleep: bool = False  # nothing is drafted
     forwards: int = 0  # that grew the present tree
     size: int = 7  # nodes of the last tree

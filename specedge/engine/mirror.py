@@ -19,7 +19,7 @@ from specedge.engine.engine import Engine
 from specedge.engine.request import Verdict
 from specedge.tree import EMPTY, MAX_NODES, NUMBERS, TokenTree, TreeError, make_tree
 
-HELD = 4096  # nodes at a time: of more, those that come last are forgotten
+HELD = 1024  # nodes at a time: of more, those that come last are forgotten; an honest edge has a third of that
 
 
 @dataclass(slots=True)
@@ -51,9 +51,12 @@ class Mirror:
         """Nodes below the root."""
         return len(self._nodes) - 1
 
-    def add(self, tokens: list[int], parents: list[int], steps: list[int]) -> None:
-        """The next nodes, a parent before its children, each of `steps` more cost than its parent. Raises TreeError, and adds none, for a parent that
-        is not before its child, or for more nodes than there are numbers."""
+    def add(self, since: int, first: int, tokens: list[int], parents: list[int], steps: list[int]) -> None:
+        """Nodes `first` and on, numbered since round `since`, a parent before its children, each of `steps` more cost than its parent. If they are
+        not the next ones, they come too late or after a loss and are dropped. Raises TreeError, and adds none, for a parent that is not before its
+        child, or for more nodes than there are numbers."""
+        if (since, first) != (self.since, self.next):
+            return
         if self.next + len(tokens) > NUMBERS:
             raise TreeError(f"{len(tokens)} nodes from number {self.next} on pass the last number {NUMBERS - 1}")
         for number, parent in enumerate(parents, self.next):
@@ -104,7 +107,7 @@ def go_on(engine: Engine, found: Sequence[tuple[Verdict, Mirror | None]], now: f
     ahead = [m is not None and not v.finish and not v.sequence.alone and v.sequence.acceptance.budget > 0 for v, m in found]
     known = [can and m is not None and m.move(v.row, v.tokens[-1]) for can, (v, m) in zip(ahead, found, strict=True)]
     trees = [known[i] and m is not None and m.size > 0 for i, (_, m) in enumerate(found)]
-    step = any(trees) or any(s.wants_token for s in engine.line.running)
+    step = any(trees) or any(s.wants_token and not s.held and not s.batch for s in engine.line.running)
     offered: list[TokenTree | None] = []
     for i, (v, m) in enumerate(found):
         offered.append(None)

@@ -35,7 +35,7 @@ from specedge.net.client import ServerError
 from specedge.net.link import Link
 from specedge.net.rounds import Rounds, Step
 from specedge.text import Tokenizer
-from specedge.tree import EMPTY
+from specedge.tree import EMPTY, MAX_NODES
 
 log = logging.getLogger(__name__)
 READING = 4  # tokens that are left to the server at a time while a draft reads what has been written without it
@@ -335,6 +335,7 @@ class Edge:
     def _submit(self, text: Text) -> None:
         """Begin the next round: the tree, or, where nothing is drafted, leave to decode alone."""
         tree, r, until = EMPTY, text.rounds, 0
+        r.ahead = 0
         if text.session is not None and text.session.exhausted:
             self._leave(text)
         if text.session is None or self._drafter is None:
@@ -344,9 +345,10 @@ class Edge:
         elif self._drafter.behind(text.session):
             until = len(r.tokens) + READING
         else:
-            most = min(r.budget, SMALL) if self._pilot is not None and self._pilot.on_trial else r.budget
-            tree = self._drafter.submit(text.session, self._drafter.size(text.session, most))
-        r.ahead = self._drafter.config.tree_size if text.session and self._drafter and self._drafter.tells and self._link.welcome.ahead else 0
+            most = SMALL if self._pilot is not None and self._pilot.on_trial else MAX_NODES
+            tree = self._drafter.submit(text.session, self._drafter.size(text.session, min(most, r.budget)))
+            if self._drafter.tells and self._link.welcome.ahead:
+                r.ahead = min(most, self._drafter.config.tree_size)
         r.offer(tree, until, time.monotonic())
         text.streaming = False
 
@@ -364,7 +366,7 @@ class Edge:
 
     def _tell_growth(self, text: Text) -> None:
         """Say what has grown while a verdict is awaited, unless the text is better off without drafts: then the server has to come to an end."""
-        if text.session is not None and self._drafter is not None and text.rounds.tells and not self._alone(text):
+        if self._link.up and text.session is not None and self._drafter is not None and text.rounds.tells and not self._alone(text):
             with self._guarded(text):
                 first, nodes = self._drafter.more(text.session)
                 if nodes:

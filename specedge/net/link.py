@@ -18,7 +18,7 @@ from specedge.net.client import Connection, ServerError
 BACKOFF, LONGEST = 0.1, 10.0  # seconds: the longest wait before the first attempt, and before any
 DOUBTS = 3  # attempts in a row after which a server is believed to have another key: a network that breaks handshakes looks the same
 SILENCE = 15.0  # seconds without an answer after which a connection is not believed any more
-UNANSWERED = (wire.Cancel, wire.Close, wire.Lease)
+UNANSWERED = (wire.Cancel, wire.Close, wire.Lease, wire.Grown)
 
 
 class Link:

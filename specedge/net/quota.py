@@ -57,6 +57,11 @@ class Usage:
     _verified: Bucket = field(default_factory=Bucket)
     _prompt: Bucket = field(default_factory=Bucket)
 
+    @property
+    def must_ask(self) -> bool:
+        """Whether no round of it may begin unasked: its sessions have to take turns, or it owes something."""
+        return 0 < self.quota.in_flight < self.sessions or self.wait > 0
+
     def settle(self, now: float) -> None:
         """Charge for what the engine has done for this account, and hold it back while it owes something."""
         verified = self._verified.settle(self.quota.rows_per_s, self.payer.verified, now)

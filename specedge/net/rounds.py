@@ -63,6 +63,7 @@ class Rounds:
     until: int = 0  # the length to which the server decodes by itself, streaming; 0: it does not
     known: bool = False  # the server may have heard of the session, and wants to be told of its end
     why: str = ""  # what holds the text up
+    _said: bool = False  # this round has been said on this connection, and not been put off
     _open: bool = False  # the server has, or is about to have, the session
     _asked: bool = False  # it may have it, and was asked
     _server: str = ""  # where it was opened last
@@ -77,13 +78,15 @@ class Rounds:
 
     def connect(self, server: str, now: float) -> None:
         """A new connection to `server` stands: ask there for the session, or open it where it has never been."""
-        self._open, self._asked = False, server == self._server
+        self._open, self._asked, self._said = False, server == self._server, False
+        if not self._asked:
+            self.ahead = 0  # until the next round: another server, or another version of it
         self.known = self.known and self._asked
         self._server, self._at = server, now
 
     def offer(self, tree: TokenTree, until: int, now: float) -> None:
         """Begin the next round. `until`: the length to which the server is to decode on by itself; 0: no further than the tree."""
-        self.round, self.sent, self.until = self.round + 1, tree, min(until, self.limit)
+        self.round, self.sent, self.until, self._said = self.round + 1, tree, min(until, self.limit), False
         self.since, self.nodes = self.round, len(tree)
         if self._open:
             self._at = self.heard = now
@@ -91,7 +94,7 @@ class Rounds:
     @property
     def tells(self) -> bool:
         """Whether the server wants to hear what grows."""
-        return self.ahead > 0 and self._open and self.sent is not None and not self.until
+        return self.ahead > 0 and self._said and self.sent is not None
 
     @property
     def next(self) -> float:
@@ -109,6 +112,7 @@ class Rounds:
         self._open = True
         if self.sent is not None:
             messages.append(self._draft(self.sent))
+            self._said = True
         elif not messages:
             messages.append(wire.Lease(self.id))
         if self.sent is None:
@@ -144,9 +148,9 @@ class Rounds:
                 self._open = m.length >= len(self.tokens) and self.round - 1 <= m.round and (m.round <= self.round or self.ahead > 0)
                 self._at = now
             case wire.NeedPrefill() | wire.Gone() if self._asked:
-                self._asked, self._open, self._at = False, False, now
+                self._asked, self._open, self._at, self.ahead = False, False, now, 0
             case wire.Busy() if m.round in (0, self.round):
-                self.why, self._open = m.text, self._open and m.round > 0
+                self.why, self._open, self._said = m.text, self._open and m.round > 0, False
                 self._at = now + m.retry_ms / 1000 * random.uniform(1, 2)
                 self._full = max(now, self._at - PATIENCE / 2)  # whoever is told to come back in minutes will hear nothing until then
             case wire.Error() if m.round in (0, self.round):
@@ -170,8 +174,7 @@ class Rounds:
         return messages
 
     def _draft(self, tree: TokenTree) -> wire.Message:
-        ahead = 0 if self.until else self.ahead
-        return wire.Draft(self.id, self.round, len(self.tokens), wire.pack_ids(tree.tokens), tree.parents.tobytes(), self.until, ahead)
+        return wire.Draft(self.id, self.round, len(self.tokens), wire.pack_ids(tree.tokens), tree.parents.tobytes(), self.until, self.ahead)
 
     def _verdict(self, m: wire.Verdict, now: float) -> Step | None:
         known = len(self.tokens)
@@ -193,13 +196,13 @@ class Rounds:
         if not tokens or max(tokens) >= self.vocab or known + len(path) + len(tokens) > self.limit:
             raise ServerError("the server sent a verdict that does not continue this text")
         served = Served(m.verify_us / 1e6, rows := max(m.rows, m.verified), rows - m.verified) if m.verified and m.verify_us else None
-        ahead = m.nodes if m.next > self.round and self.ahead and not self.until and not m.finish else None
+        ahead = m.nodes if m.next > self.round and self.ahead and not m.finish else None
         step = Step(m.row, path, tokens, wire.FINISH[m.finish], self.nodes, served, ahead, m.since != self.since)
         self.tokens += path + tokens
         self.budget, self.why, self._rebuilds = m.row_budget, "", 0
         self.sent = EMPTY if len(self.tokens) < self.until or ahead is not None else None
         if ahead is not None:
-            self.round, self.since, self.nodes = m.next, m.since, m.nodes
+            self.round, self.since, self.nodes, self._said = m.next, m.since, m.nodes, True
         return step
 
     def _error(self, m: wire.Error, now: float) -> None:

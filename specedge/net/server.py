@@ -31,6 +31,7 @@ from specedge.net.sessions import Peer, Reply, Sessions
 
 log = logging.getLogger(__name__)
 INBOX = 256  # messages that may wait for the engine: of the largest size they are 16 MB
+GROWN = 128  # of them that are read before the verdicts of a step leave: what has grown meanwhile is among them
 IDLE = 0.1  # seconds after which an engine without work looks up
 PURPOSE = 12.0  # frames that a verified round makes good: what grew meanwhile comes in up to 8, and a text may begin and end with it
 BUSY = 0.9  # of a frame: who waits for a place in a full server has to ask
@@ -214,11 +215,11 @@ class Server:
             with contextlib.suppress(zmq.Again):  # so many wake-ups are under way that one more is not needed
                 wake.send(b"", zmq.NOBLOCK)
 
-    def _apply(self, wait: float) -> list[Reply]:
+    def _apply(self, wait: float, most: int = INBOX) -> list[Reply]:
         """Take the messages that have come, but not for ever; wait so many seconds for the first."""
         replies: list[Reply] = []
         try:
-            for i in range(INBOX):
+            for i in range(most):
                 item = self._inbox.get(timeout=wait) if wait > 0 and i == 0 else self._inbox.get_nowait()
                 if isinstance(item, frozenset):
                     replies += self._sessions.revoke(item, time.monotonic())
@@ -245,12 +246,12 @@ class Server:
         begun = time.monotonic()
         try:
             found = self._engine.step(most)
+            ended = time.monotonic()
+            replies = self._apply(0.0, GROWN)
+            return replies + self._sessions.verdicts(found, ended, ended - begun)
         except Exception:
             log.exception("a step failed; all sessions are dropped")
             return self._sessions.end("internal", "the server failed in a step and dropped this session: open it again")
-        spent = time.monotonic() - begun
-        replies = self._apply(0.0)  # what has grown meanwhile
-        return replies + self._sessions.verdicts(found, time.monotonic(), spent)
 
     # ------------------------------------------------------------------------------------------------------------------
     # the network's thread

@@ -81,7 +81,8 @@ class Remote:
     flying: bool = False  # that round awaits its verdict
     taken: float = 0.0  # when it came
     last: wire.Verdict | None = None  # its answer, or that of the round before where the server has begun this one by itself
-    mirror: Mirror | None = None  # what grows at the edge, if it says so
+    ahead: bool = False  # its edge says what grows
+    mirror: Mirror | None = None  # which is this, while its verdict is awaited
     unasked: bool = False  # the server has begun this round by itself
 
     @property
@@ -136,7 +137,7 @@ class Sessions:
     def verdicts(self, found: list[request.Verdict], now: float, spent: float) -> list[Reply]:
         """Messages for what a step of `spent` seconds found."""
         owned = [(r, v) for v in found if (r := self._owner.get(v.sequence))]
-        trees = go_on(self.engine, [(v, r.mirror) for r, v in owned], now)
+        trees = go_on(self.engine, [(v, None if r.usage.must_ask else r.mirror) for r, v in owned], now)
         return [(r.peer, self._verdict(r, v, now, spent, tree)) for (r, v), tree in zip(owned, trees, strict=True)]
 
     def settle(self, now: float) -> None:
@@ -330,9 +331,12 @@ class Sessions:
         s = r.sequence
         if s is None:
             raise Refused("offset", f"{len(r.tokens)} of {r.opened.length} tokens are here: send the rest before a round")
-        if m.round == r.round > 0 or (m.round < r.round and r.mirror is not None):  # or it does not know yet that the server has gone on
+        # an edge may not know how far the server has gone by itself; every round has brought a token, so one that has them all begins another
+        behind = r.ahead and 0 < m.round <= r.round
+        new = m.round == r.round + 1 or (behind and not r.flying and not s.finish and m.base == len(s.tokens))
+        if not new and (behind or m.round == r.round > 0):
             return self._repeat(r, m)
-        if r.flying or m.round != r.round + 1:
+        if r.flying or not new:
             raise Refused("round", f"round {m.round} came, but round {r.round} {'awaits its verdict' if r.flying else 'was the last'}")
         if m.base > len(s.tokens):
             raise Refused("base", f"the text has {len(s.tokens)} tokens here, round {m.round} builds on {m.base}")
@@ -344,7 +348,7 @@ class Sessions:
         if r.usage.in_flight >= r.usage.quota.in_flight > 0:
             raise Full(f"{r.usage.in_flight} rounds of this account await their verdicts already", RETRY_ROUND)
         self._afford(r.usage)
-        r.round, r.taken, r.mirror, r.unasked = m.round, now, None, False
+        r.round, r.taken, r.ahead, r.mirror, r.unasked = m.round, now, m.ahead > 0, None, False
         if not s.finish:
             self.engine.run_until(s, min(m.run_until, s.limit))
         if m.base < len(s.tokens) or s.finish:
@@ -356,14 +360,13 @@ class Sessions:
         return []
 
     def _grown(self, r: Remote, m: wire.Grown) -> list[Message]:
-        """Take what has grown at the edge. What does not follow on what is here comes too late, or after a loss: it is dropped, for it costs no
-        more than time."""
-        if r.mirror is not None and (r.mirror.since, r.mirror.next) == (m.since, m.first):
+        """Take what has grown at the edge, if the server may go on with it."""
+        if r.mirror is not None:
             try:
                 tokens, parents, steps = wire.unpack_nodes(m)
                 if tokens and max(tokens) >= self.engine.vocab:
                     raise TreeError(f"a node carries token {max(tokens)}, which is outside the vocabulary of {self.engine.vocab}")
-                r.mirror.add(tokens, parents, steps)
+                r.mirror.add(m.since, m.first, tokens, parents, steps)
             except (TreeError, wire.WireError) as e:
                 raise Refused("tree", f"{e}") from None
         return []
@@ -371,6 +374,8 @@ class Sessions:
     def _repeat(self, r: Remote, m: wire.Draft) -> list[Message]:
         """The answer to a round that was answered before: the same one, or all that is known by now; nothing, if that is nothing new."""
         assert r.sequence is not None
+        if r.flying and r.sequence.tree is None:
+            return []  # it has been verified, and its verdict goes out in a moment
         known = len(r.sequence.tokens)
         if m.base > known:
             raise Refused("base", f"the text has {known} tokens here, round {m.round} builds on {m.base}")
@@ -388,9 +393,11 @@ class Sessions:
         )  # fmt: skip
 
     @staticmethod
-    def _next(r: Remote) -> tuple[int, int]:
-        """The last fields of a VERDICT: the round that the server has begun by itself, and since when nodes are numbered as they are now."""
-        return (r.round, r.mirror.since) if r.flying and r.mirror is not None else (0, 0)
+    def _next(r: Remote) -> tuple[int, int, int]:
+        """The last fields of a VERDICT: the round that the server has begun by itself, since when nodes are numbered as now, and the nodes of
+        its tree."""
+        tree = r.sequence.tree if r.sequence is not None and r.unasked and r.flying else None
+        return (0, 0, 0) if r.mirror is None or tree is None else (r.round, r.mirror.since, len(tree))
 
     def _verdict(self, r: Remote, v: request.Verdict, now: float, spent: float, tree: TokenTree | None) -> wire.Verdict:
         """`tree`: with which the next round has begun, if it has."""
@@ -402,12 +409,16 @@ class Sessions:
             wire.FINISH.index(v.finish), self._budget(r), min(int(queue * 1e6), 2**32 - 1), min(int(spent * 1e6), 2**32 - 1),
             min(self.engine.rows, 2**16 - 1),
         )  # fmt: skip
+        was_flying = r.flying
+        self._fly(r, tree is not None)
         if tree is not None and r.mirror is not None:
             r.round, r.taken, r.unasked = r.mirror.round, now, True
-            message = replace(message, next=r.round, since=r.mirror.since, nodes=len(tree))
-        if r.flying:
+            next_, since, nodes = self._next(r)
+            message = replace(message, next=next_, since=since, nodes=nodes)
+        else:
+            r.mirror = None
+        if was_flying:
             r.last = replace(message, verified=0, rows=0)  # when it comes again nothing will have been run for it
-        self._fly(r, tree is not None)
         return message
 
     def _budget(self, r: Remote) -> int:

@@ -281,7 +281,7 @@ def test_a_server_that_is_told_has_the_same_tree(wild: float) -> None:
         arrived = max(0, len(held) - int(rng.integers(0, 3)))
         for first, nodes in held[:arrived]:
             assert first == mirror.next
-            mirror.add([n[0] for n in nodes], [n[1] for n in nodes], [n[2] for n in nodes])
+            mirror.add(mirror.since, first, [n[0] for n in nodes], [n[1] for n in nodes], [n[2] for n in nodes])
         tree = mirror.tree(int(rng.integers(0, 7))) if ahead or anew else d_tree(s)
         text, row, children = list(s.tokens), 0, tree.children()
         while (token := target(text, params, wild, rng)) in children[row]:
@@ -295,7 +295,7 @@ def test_a_server_that_is_told_has_the_same_tree(wild: float) -> None:
             late += known
             if known:
                 assert first == mirror.next
-                mirror.add([n[0] for n in nodes], [n[1] for n in nodes], [n[2] for n in nodes])
+                mirror.add(mirror.since, first, [n[0] for n in nodes], [n[1] for n in nodes], [n[2] for n in nodes])
         own = {n.number: n for n in s.nodes if n.number}
         assert s.told + 1 == mirror.next
         theirs = {n: node for n, node in mirror._nodes.items() if n != mirror._root}
@@ -337,9 +337,17 @@ def test_what_is_told_is_worth_it() -> None:
     now[0] += 1.01 * d.pace.verify.predict(1, 0) / OFTEN
     assert 0 < len(d.more(s)[1]) <= GROWN
     now[0] += 1.0
-    s.told = NUMBERS - len(s.nodes)
+    told, s.told = s.told, NUMBERS - len(s.nodes)
     d.grow()
     assert d.more(s)[1] == [], "there are no more numbers"
+    s.told = told
+    while s.tellings < OFTEN:
+        now[0] += 1.0
+        d.grow()
+        assert d.more(s)[1]
+    now[0] += 1.0
+    d.grow()
+    assert d.more(s)[1] == [], "not more often in a round"
 
 
 @pytest.mark.parametrize("config", [{"ahead": False}, {"proactive": False}, {"depth": 3}, {"tree_size": 0}])

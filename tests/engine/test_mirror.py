@@ -1,6 +1,6 @@
 """The server's copy of a growing tree against a list of paths, and who goes on without being asked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,7 +42,7 @@ def test_the_best_nodes_below_the_root(rounds: list[tuple[list[tuple[int, int, i
     for nodes, most, row, token in rounds:
         first = mirror.next
         nodes = [(t, p % (first + i), s) for i, (t, p, s) in enumerate(nodes)]
-        mirror.add([n[0] for n in nodes], [n[1] for n in nodes], [n[2] for n in nodes])
+        mirror.add(1, first, [n[0] for n in nodes], [n[1] for n in nodes], [n[2] for n in nodes])
         for node in nodes:
             paths.add(*node)
         tree = mirror.tree(most)
@@ -61,12 +61,12 @@ def test_the_best_nodes_below_the_root(rounds: list[tuple[list[tuple[int, int, i
 
 def test_rows_of_a_whole_tree_are_the_first_numbers() -> None:
     mirror = Mirror(make_tree([5, 6, 7], [0, 1, 1]), 4)
-    mirror.add([8, 9, 9], [2, 4, 3], [1, 1, 1])
+    mirror.add(mirror.since, mirror.next, [8, 9, 9], [2, 4, 3], [1, 1, 1])
     assert (mirror.since, mirror.round, mirror.next, mirror.size) == (4, 4, 7, 6)
     assert mirror.move(2, 8), "below 5, 6"
     mirror.begin(True)
     assert (mirror.since, mirror.round, mirror.bare) == (4, 5, False) and mirror.tree(9).tokens.tolist() == [9]
-    mirror.add([3, 3], [6, 5], [0, 0])  # the first below what is gone
+    mirror.add(mirror.since, mirror.next, [3, 3], [6, 5], [0, 0])  # the first below what is gone
     assert mirror.size == 2 and mirror.tree(9).parents.tolist() == [0, 1]
     mirror.begin(False)
     assert (mirror.since, mirror.round, mirror.next, mirror.bare, mirror.size) == (6, 6, 1, True, 0)
@@ -76,19 +76,26 @@ def test_what_cannot_be_is_refused_whole() -> None:
     mirror = Mirror(EMPTY, 1)
     for parents in ([1], [0, 2], [0, NUMBERS - 1]):
         with pytest.raises(TreeError, match=r"node \d+ names node \d+ as its parent, which is not before it"):
-            mirror.add([1] * len(parents), parents, [0] * len(parents))
+            mirror.add(mirror.since, mirror.next, [1] * len(parents), parents, [0] * len(parents))
     mirror.next = NUMBERS - 1
     with pytest.raises(TreeError, match="pass the last number 65535"):
-        mirror.add([1, 2], [0, 0], [0, 0])
+        mirror.add(mirror.since, mirror.next, [1, 2], [0, 0], [0, 0])
     assert mirror.size == 0
-    mirror.add([1], [0], [0])
+    mirror.add(mirror.since, mirror.next, [1], [0], [0])
     assert mirror.size == 1
+
+
+def test_what_is_not_next_is_dropped() -> None:
+    mirror = Mirror(make_tree([5], [0]), 3)
+    for since, first in ((2, 2), (4, 2), (3, 1), (3, 3)):
+        mirror.add(since, first, [7], [1], [0])
+    assert (mirror.size, mirror.next) == (1, 2)
 
 
 def test_memory_is_bounded() -> None:
     mirror = Mirror(EMPTY, 1)
     for i in range(2 * HELD):
-        mirror.add([i], [0], [0])
+        mirror.add(mirror.since, mirror.next, [i], [0], [0])
     assert mirror.size == HELD
 
 
@@ -97,6 +104,8 @@ class Sequence:
     acceptance: Acceptance
     alone: bool = False
     wants_token: bool = False
+    held: bool = False
+    batch: bool = False
 
 
 class Engine:
@@ -120,7 +129,7 @@ def found(token: int, mirror: Mirror | None, **how: Any) -> tuple[Any, Mirror | 
 def ahead(*tokens: int, most: int = 31) -> Mirror:
     """A chain."""
     mirror = Mirror(EMPTY, 1, most)
-    mirror.add(list(tokens), list(range(len(tokens))), [1] * len(tokens))
+    mirror.add(1, 1, list(tokens), list(range(len(tokens))), [1] * len(tokens))
     return mirror
 
 
@@ -139,7 +148,8 @@ def test_who_goes_on() -> None:
     assert sizes(found(5, ahead(5, 6)), found(5, ahead(6)), found(5, ahead(5)), found(5, None)) == [1, 0, 0, None]
     other = Sequence(Acceptance(), wants_token=True)
     assert sizes(found(5, ahead(6)), running=(other,)) == [0]
-    assert sizes(found(5, ahead(6)), running=(Sequence(Acceptance()),)) == [None]
+    for idle in (Sequence(Acceptance()), replace(other, held=True), replace(other, batch=True)):
+        assert sizes(found(5, ahead(6)), running=(idle,)) == [None]
 
 
 @pytest.mark.parametrize("how", [{"finish": "stop"}, {"alone": True}, {"budget": 0}])
@@ -154,7 +164,7 @@ def test_nobody_goes_on_bare_twice() -> None:
     assert sizes(found(5, mirror), found(5, other)) == [None, 2]
     mirror, other = ahead(6), ahead(5, 5, 5, 5)
     sizes(found(5, mirror), found(5, other))
-    mirror.add([5, 7, 7], [0, 1, 2], [0, 0, 0])
+    mirror.add(mirror.since, mirror.next, [5, 7, 7], [0, 1, 2], [0, 0, 0])
     assert sizes(found(5, mirror), found(5, other)) == [2, 2]
     assert sizes(found(9, mirror), found(5, other)) == [0, 1], "a round with a tree lies between"
 

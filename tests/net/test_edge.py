@@ -740,6 +740,21 @@ def test_the_server_goes_on_while_the_edge_draws_breath(server: Server, oracle: 
     assert asked[False] >= rounds[False] and asked[True] < rounds[True] / 2, (asked, rounds)
 
 
+@pytest.mark.parametrize("takes", [0, 1])
+def test_only_a_server_that_takes_it_is_told_what_grows(tmp_path: Path, takes: int) -> None:
+    """An older one would not know the message."""
+
+    def slow(fake: Fake, m: Draft) -> Iterator[Answer]:
+        time.sleep(0.03)
+        return honest(fake, m)
+
+    draft = drafter(random_model(tmp_path, 1, vocab_size=VOCAB), DraftConfig(tree_size=9, autopilot=False))
+    with Fake(slow, [msgspec.structs.replace(WELCOME, ahead=takes)]) as fake, Edge(fake.address, draft) as edge:
+        (done,) = background(edge.generate, [[1, 2, 3]], SamplingParams(max_tokens=10)).result(PATIENCE)
+    assert done.token_ids == truth(3)
+    assert {m.ahead for m in fake.of(Draft) if isinstance(m, Draft)} == {9 * takes} and bool(fake.of(wire.Grown)) == bool(takes)
+
+
 def test_an_edge_has_many_callers(server: Server, oracle: Engine, model: Path) -> None:
     """Threads that generate, stream and drop, with more texts than the drafter has room for."""
     drafts = drafter(model, DraftConfig(tree_size=7, max_sessions=2, engine=EngineConfig(kv_tokens=8192, max_rows=256)))

@@ -319,6 +319,30 @@ def test_verdicts_that_were_lost_while_the_server_went_on(opened: Rounds) -> Non
     assert (opened.round, opened.tokens) == (4, [1, 2, 3, 5, 6, 9, 8])
 
 
+def test_what_grows_is_said_only_behind_its_round(opened: Rounds) -> None:
+    """Not to another server, of which nobody knows what it takes, nor to one that was rebuilt, nor while a round is put off."""
+    assert not opened.tells
+    opened.ahead = 31
+    assert opened.tells
+    opened.take(Busy(opened.id, 100, "too many", 1), 1.0)
+    assert not opened.tells
+    assert kinds(opened, 2.0) == [Draft] and opened.tells
+    opened.connect("a", 3.0)
+    assert not opened.tells and kinds(opened, 3.0) == [Resume] and not opened.tells
+    opened.take(Resumed(opened.id, 3, 1), 4.0)
+    assert not opened.tells and kinds(opened, 4.0) == [Draft] and opened.tells
+    opened.connect("b", 5.0)
+    assert kinds(opened, 5.0) == [Open, Draft] and not opened.tells
+    opened.take(verdict(opened), 6.0)
+    opened.ahead = 31
+    opened.offer(EMPTY, 0, 6.0)
+    assert not opened.tells and kinds(opened, 6.0) == [Draft] and opened.tells
+    opened.connect("b", 7.0)
+    opened.speak(7.0, LEASE)
+    opened.take(Gone(opened.id), 8.0)
+    assert kinds(opened, 8.0) == [Open, Draft] and not opened.tells
+
+
 def test_nobody_who_did_not_ask_is_taken_ahead(opened: Rounds) -> None:
     step = opened.take(replace(verdict(opened), next=2, since=2), 1.0)
     assert step is not None and step.ahead is None and opened.sent is None and opened.round == 1
@@ -337,7 +361,6 @@ class Client:
     user: str
     peer: Peer
     finished: bool = False
-    since: int = 0  # of the numbers in `chain`
     told: int = 0  # nodes that have numbers
     chain: dict[int, int] = field(default_factory=dict)  # numbers of the nodes that carry the goal's tokens, by their indices; the root is one
     up: list[tuple[Peer, Message]] = field(default_factory=list)
@@ -346,7 +369,7 @@ class Client:
     def number(self, right: int) -> None:
         """A tree as `likely` makes it: every second node is right."""
         root = len(self.rounds.tokens) - 1
-        self.since, self.told = self.rounds.since, 2 * right
+        self.told = 2 * right
         self.chain = {root + i: 2 * i for i in range(right + 1)}
 
 
@@ -476,12 +499,16 @@ class Machine(RuleBasedStateMachine):
             c.down.clear()
         self.connect(c)
 
-    @rule(times=st.integers(1, 4))
-    def step(self, times: int) -> None:
+    @rule(times=st.integers(1, 4), between=st.booleans())
+    def step(self, times: int, between: bool = False) -> None:
         for _ in range(times):
             self.now += 0.01
             self.sessions.settle(self.now)
-            for peer, m in self.sessions.verdicts(self.engine.step(), self.now, 0.01):
+            found = self.engine.step()
+            for c in self.alive if between else ():
+                if c.up:  # what came during the step is read before its verdicts leave
+                    self.deliver(*c.up.pop(0))
+            for peer, m in self.sessions.verdicts(found, self.now, 0.01):
                 self.post(peer, m)
 
     @rule(seconds=st.sampled_from([0.5, 3.1, 11.0]))

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
+from msgspec.structs import replace
 
 from specedge.config import SamplingParams
 from specedge.engine.cost import ENOUGH, CostModel
@@ -527,23 +528,44 @@ def test_an_edge_that_missed_verdicts_is_told_all(desk: Desk) -> None:
     assert isinstance(first, Verdict) and first.next == 2
     assert desk.draft() == [replace_verdict(first, verified=0, rows=0)]
     assert [(m.round, m.tokens, m.next) for m in desk.draft(X, 2, base=len(PROMPT) + 3) if isinstance(m, Verdict)] == [(2, b"", 2)]
-    desk.step()
+    found = desk.engine.step()
+    assert desk.draft() == [], "its verdict is on its way"
+    ((_, second),) = desk.sessions.verdicts(found, desk.now, 0.0)
+    assert desk.draft(X, 2, base=len(PROMPT) + 3) == [replace_verdict(second, verified=0, rows=0)]
     for number in (1, 2):
-        (told,) = desk.draft(X, number)
+        (told,) = desk.draft(X, number, base=len(PROMPT))
         assert isinstance(told, Verdict) and (told.round, told.base, told.row, told.next) == (number, len(PROMPT), 0, 0)
         assert unpack_ids(told.tokens).tolist() == ids[:7]
     assert desk.say(wire.Resume(X)) == [wire.Resumed(X, len(PROMPT) + 7, 2)]
+    desk.texts[X] += ids[:7]
+    refused(desk.draft(X, 4), "round", number=4)
+    assert desk.draft(X, 2, likely(ids[7:9])) == [], "the round behind that which it knew to be answered: it has all tokens, so this is a new one"
+    assert [(m.round, m.next) for m in desk.run()] == [(2, 0)] and desk.texts[X] == PROMPT + ids[:10]
 
 
-@pytest.mark.parametrize("message", [
-    grown([1], first=6), grown([1], first=4), grown([1], since=2), grown([1], since=0), Grown(Y, 1, 5, pack_ids([1]), bytes([4, 0]), bytes(1)),
-])  # fmt: skip
-def test_what_does_not_follow_is_dropped(desk: Desk, message: Grown) -> None:
+def test_a_sign_of_life_says_where_the_server_is(desk: Desk) -> None:
+    """Of a round that was asked for, nothing; of one that was not, its number, and how large its tree is."""
     ids = desk.ids()
     growing(desk, ids)
-    assert desk.say(message) == [] == desk.say(grown(ids[2:5]), BOB)
-    assert [m.next for m in desk.run()] == [0]
-    assert desk.say(grown(ids[2:5])) == [], "there is no tree any more"
+    (life,) = desk.draft(tree=desk.trees[X])
+    assert isinstance(life, Verdict) and (life.tokens, life.next, life.since, life.nodes) == (b"", 0, 0, 0)
+    desk.say(grown(ids[2:6]))
+    desk.step()
+    (life,) = desk.draft(X, 2, base=len(PROMPT) + 3)
+    assert isinstance(life, Verdict) and (life.tokens, life.next, life.since, life.nodes) == (b"", 2, 1, 3)
+    (told,) = desk.draft(X, 1, base=len(PROMPT) + 1)
+    assert isinstance(told, Verdict) and (unpack_ids(told.tokens).tolist(), told.next, told.since, told.nodes) == (ids[1:3], 2, 1, 3)
+
+
+@pytest.mark.parametrize(("first", "since", "next_"), [(5, 1, 2), (6, 1, 0), (4, 1, 0), (5, 2, 0), (5, 0, 0)])
+def test_what_does_not_follow_is_dropped(desk: Desk, first: int, since: int, next_: int) -> None:
+    """Right nodes with the wrong numbers, of a session that is not here, or from somebody else."""
+    ids = desk.ids()
+    growing(desk, ids)
+    message = replace(grown(ids[2:5]), first=first, since=since)
+    assert desk.say(replace(message, session=Y)) == [] == desk.say(message, BOB) == desk.say(message)
+    ((_, verdict),) = desk.step()
+    assert isinstance(verdict, Verdict) and verdict.next == next_
 
 
 @pytest.mark.parametrize("message", [
@@ -554,6 +576,24 @@ def test_what_is_no_tree_ends_the_session(desk: Desk, message: Grown) -> None:
     growing(desk, desk.ids())
     refused(desk.say(message), "tree")
     assert len(desk.sessions) == 0 and desk.run() == []
+
+
+@pytest.mark.parametrize(("quota", "next_"), [(Quota(in_flight=1), 0), (Quota(in_flight=2), 2), (Quota(rows_per_s=1), 0), (Quota(rows_per_s=99), 2)])
+def test_accounts_that_take_turns_or_owe_have_to_ask(models: tuple[Engine, Engine], quota: Quota, next_: int) -> None:
+    """Else the first of two sessions would be in flight for good, and the other one told BUSY."""
+    desk = Desk(*models, Sessions(models[0], MODEL, quota=lambda _: quota))
+    desk.hello(ADA)
+    ids = desk.ids()
+    desk.open(Y)
+    growing(desk, ids)
+    desk.say(grown(ids[2:5]))
+    desk.sessions.settle(desk.now)
+    found = desk.engine.step()
+    desk.sessions.settle(desk.now)
+    ((_, verdict),) = desk.sessions.verdicts(found, desk.now, 0.0)
+    assert isinstance(verdict, Verdict) and verdict.next == next_
+    desk.sessions.forget(ADA, desk.now)
+    check_empty(desk.engine)
 
 
 def test_only_who_says_so_is_taken_ahead(desk: Desk) -> None:

@@ -328,10 +328,11 @@ def test_a_decoder_reads_a_frame_that_is_exactly_full(size: int) -> None:
 @pytest.mark.parametrize(("nodes", "most"), [(0, 64), (31, 240), (63, 400)])
 def test_a_usual_draft_fits_the_smallest_frame(nodes: int, most: int) -> None:
     tree = pack_ids([151_935 - i for i in range(nodes)]), bytes(range(nodes))
-    frame = encode(Draft(SID, 2**32 - 1, 2**32 - 1, *tree, 2**32 - 1))
+    frame = encode(Draft(SID, 2**32 - 1, 2**32 - 1, *tree, 2**32 - 1, 255))
     (length,) = struct.unpack_from("<I", frame, 8)
     assert len(frame) == 512 and 5 * nodes < 16 + length <= most
-    assert len(encode(Verdict(SID, 2**32 - 1, 2**32 - 1, 255, pack_ids([1, 2, 3]), 256, 2, 255, 2**32 - 1, 2**32 - 1))) == 512
+    largest = (2**32 - 1, 2**32 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1, 255)
+    assert len(encode(Verdict(SID, 2**32 - 1, 2**32 - 1, 255, pack_ids([1, 2, 3]), 256, 2, 255, *largest))) == 512
     assert len(encode(Grown(SID, 2**32 - 1, 2**16 - 1, bytes(4 * GROWN), bytes(2 * GROWN), bytes(GROWN)))) == 512
 
 
