@@ -97,7 +97,7 @@ class Round:
 
     edge: int
     sent: float
-    drafted: float  # seconds before, since the last verdict
+    drafted: float  # seconds before, since the last verdict on this text; nan: there was none
     after: bool  # whether that was a hit
     arrived: float
     begun: float
@@ -116,6 +116,7 @@ def rounds(logs: dict[str, Any]) -> list[Round]:
     edge_of = {order: who[tuple(prompt)] for order, prompt in logs["server"]["prompts"].items() if tuple(prompt) in who}
     up = sorted((came, left) for came, left, upward, *_ in logs["wire"] if upward)
     down = sorted((came, left) for came, left, upward, *_ in logs["wire"] if not upward)
+    starts = [r["started"] for wave in logs["records"] for r in wave]
     found, answered, last = list[Round](), set[tuple[int, float]](), dict[int, float]()
     for begun, ended, _rows, verdicts in logs["server"]["steps"]:
         for order, _base, verified, tokens in verdicts:
@@ -133,7 +134,8 @@ def rounds(logs: dict[str, Any]) -> list[Round]:
             last[edge_of[order]] = taken[0]
             arrived = min((left for came, left in up if came >= sent), default=begun)
             came = max((left for came, left in down if ended <= came and left <= taken[0]), default=taken[0])
-            before, after = max(((v[0], v[1]) for v in edge["verdicts"] if v[0] <= sent), default=(float("nan"), False))
+            text = max((t for t in starts if t <= sent), default=0.0)
+            before, after = max(((v[0], v[1]) for v in edge["verdicts"] if text < v[0] <= sent), default=(float("nan"), False))
             found.append(
                 Round(
                     edge_of[order], sent, sent - before, after, min(arrived, begun), begun, ended, came, taken[0], nodes, tokens, taken[1], asked
