@@ -143,7 +143,7 @@ class Edge:
     clock: Clock  # its own: a forward that begins now ends later
     session: Session | None = None  # None: its text has ended
     sequence: Sequence | None = None
-    inbox: list["Answer"] = field(default_factory=list)
+    inbox: list[Answer] = field(default_factory=list)
     mirror: Mirror | None = None  # the server's, of what grows here
     round: int = 0
     since: int = 0  # the round of which on nodes are numbered

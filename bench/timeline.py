@@ -138,10 +138,9 @@ def perfetto(logs: dict[str, Any]) -> dict[str, Any]:
     for r in rounds(logs):
         edge = f"edge {chr(65 + r.edge)}"
         span(edge, "in flight", "hit" if r.hit else "miss", r.sent, r.taken, nodes=r.nodes, tokens=r.tokens)
-        if r.asked:
-            span("wire", f"{edge} up", "draft", r.sent, r.arrived)
         span("wire", f"{edge} down", "verdict", r.ended, r.came)
         if r.asked:
+            span("wire", f"{edge} up", "draft", r.sent, r.arrived)
             span("server", f"queue of {edge}", "queue", r.arrived, r.begun)
     for a, b, rows, verdicts in logs["server"]["steps"]:
         span("server", "step", "verify" if verdicts else "prompt", a, b, rows=rows, sessions=len(verdicts))

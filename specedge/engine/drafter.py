@@ -326,8 +326,8 @@ class Drafter:
         flying = [s for s in self._sessions if s.submitted is not None and not s.asleep and not s.exhausted]
         if not flying or not self.pace.known or self._awaited:
             return math.inf
-        around = self.pace.around
-        due = min(s.sent + self.pace.away(s.others + s.size + 1, len(s.tokens)) - (around if s.unasked else 0.0) for s in flying)
+        verify, around = self.pace.verify, self.pace.around
+        due = min(s.sent + (0.0 if s.unasked else around) + verify.predict(s.others + s.size + 1, len(s.tokens)) for s in flying)
         return due - self._clock()
 
     @property

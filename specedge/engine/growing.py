@@ -12,7 +12,7 @@ from specedge.engine.pace import Rate
 from specedge.engine.pages import PageTable
 from specedge.tree import GROWN
 
-WORTHY = math.log(1e-3)  # a node that is reached more seldom is not told of: 5e-3 halves what is sent and costs 4 % of tokens/s, in virtual time
+WORTHY = math.log(1e-3)  # a node that is reached more seldom is not told of: 5e-3 sends a third and costs 5 % of tokens/s, in virtual time
 STEPS, STEEP = 32, 255  # into which a natural logarithm of likelihood is divided on the wire, and the most of them
 
 

@@ -31,7 +31,7 @@ from specedge.net.sessions import Peer, Reply, Sessions
 
 log = logging.getLogger(__name__)
 INBOX = 256  # messages that may wait for the engine: of the largest size they are 16 MB
-GROWN = 128  # of them that are read before the verdicts of a step leave: what has grown meanwhile is among them
+LATEST = 128  # of them that are read before the verdicts of a step leave: what has grown meanwhile is among them
 IDLE = 0.1  # seconds after which an engine without work looks up
 PURPOSE = 12.0  # frames that a verified round makes good: what grew meanwhile comes in up to 8, and a text may begin and end with it
 BUSY = 0.9  # of a frame: who waits for a place in a full server has to ask
@@ -247,7 +247,7 @@ class Server:
         try:
             found = self._engine.step(most)
             ended = time.monotonic()
-            replies = self._apply(0.0, GROWN)
+            replies = self._apply(0.0, LATEST)
             return replies + self._sessions.verdicts(found, ended, ended - begun)
         except Exception:
             log.exception("a step failed; all sessions are dropped")

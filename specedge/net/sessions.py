@@ -402,22 +402,20 @@ class Sessions:
     def _verdict(self, r: Remote, v: request.Verdict, now: float, spent: float, tree: TokenTree | None) -> wire.Verdict:
         """`tree`: with which the next round has begun, if it has."""
         r.heard = r.moved = now  # whoever is being served is not silent
-        queue = max(0.0, now - r.taken - spent) if r.flying else 0.0
+        number, asked = r.round, r.flying
+        queue = max(0.0, now - r.taken - spent) if asked else 0.0
         row, tokens = (0, [*v.path, *v.tokens]) if r.unasked else (v.row, list(v.tokens))  # what the rows of its tree were the edge does not know
-        message = wire.Verdict(
-            r.opened.session, r.round, v.base, row, wire.pack_ids(tokens), min(v.verified, 2**16 - 1),
-            wire.FINISH.index(v.finish), self._budget(r), min(int(queue * 1e6), 2**32 - 1), min(int(spent * 1e6), 2**32 - 1),
-            min(self.engine.rows, 2**16 - 1),
-        )  # fmt: skip
-        was_flying = r.flying
         self._fly(r, tree is not None)
         if tree is not None and r.mirror is not None:
             r.round, r.taken, r.unasked = r.mirror.round, now, True
-            next_, since, nodes = self._next(r)
-            message = replace(message, next=next_, since=since, nodes=nodes)
         else:
             r.mirror = None
-        if was_flying:
+        message = wire.Verdict(
+            r.opened.session, number, v.base, row, wire.pack_ids(tokens), min(v.verified, 2**16 - 1),
+            wire.FINISH.index(v.finish), self._budget(r), min(int(queue * 1e6), 2**32 - 1), min(int(spent * 1e6), 2**32 - 1),
+            min(self.engine.rows, 2**16 - 1), *self._next(r),
+        )  # fmt: skip
+        if asked:
             r.last = replace(message, verified=0, rows=0)  # when it comes again nothing will have been run for it
         return message
 
