@@ -173,7 +173,7 @@ class Honest:
             if isinstance(m, wire.Verdict) and self.sent is not None and m.session == self._session:
                 now = time.monotonic()
                 took, self.sent, self.next = now - self.sent, None, now + THINK * self._rng.uniform(0.8, 1.2)
-                self._length += len(m.tokens) // 4 + m.row  # the tree is a chain
+                self._length += len(m.tokens) // 4
                 if m.finish or self._round == 150:
                     self.connection.send(wire.Close(self._session))
                     self._open()
@@ -258,7 +258,7 @@ def compute(address: str, key: Path, stop: Stop) -> None:
             c.socket.poll(20)
             for m, _ in c.receive():
                 if isinstance(m, wire.Verdict) and m.session in rounds:
-                    rounds[m.session] = [m.round + 1, m.base + m.row + len(m.tokens) // 4]
+                    rounds[m.session] = [m.round + 1, m.base + len(m.tokens) // 4]
                     line.take(c.send(_junk(m.session, *rounds[m.session])))
                 elif isinstance(m, wire.Busy | wire.Error) and m.session in rounds:
                     c.send(wire.Cancel(m.session))

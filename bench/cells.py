@@ -117,28 +117,27 @@ def rounds(logs: dict[str, Any]) -> list[Round]:
     up = sorted((came, left) for came, left, upward, *_ in logs["wire"] if upward)
     down = sorted((came, left) for came, left, upward, *_ in logs["wire"] if not upward)
     starts = [r["started"] for wave in logs["records"] for r in wave]
-    found, answered, last = list[Round](), set[tuple[int, float]](), dict[int, float]()
+    found, last = list[Round](), dict[int, float]()
     for begun, ended, _rows, verdicts in logs["server"]["steps"]:
         for order, _base, verified, tokens in verdicts:
-            edge = logs["edges"][edge_of[order]]
-            sent, nodes = max((s for s in edge["submits"] if s[0] < begun), default=(None, 0))
+            edge, before = logs["edges"][edge_of[order]], last.get(edge_of[order], 0.0)
+            sent, nodes = max((s for s in edge["submits"] if s[0] < begun), default=(0.0, 0))
             taken = min((v for v in edge["verdicts"] if v[0] > ended), default=None)
-            if sent is None or taken is None:
+            if taken is None:
                 continue
-            asked = (edge_of[order], sent) not in answered
-            if not asked and last.get(edge_of[order]) not in edge.get("begun", ()):  # the server goes on alone, without a tree
+            asked = sent > before
+            if not asked and before not in edge.get("begun", ()) and verified == 1:  # the server goes on alone, without a tree
                 continue
             if not asked:
                 sent, nodes = begun, verified - 1
-            answered.add((edge_of[order], sent))
             last[edge_of[order]] = taken[0]
             arrived = min((left for came, left in up if came >= sent), default=begun)
             came = max((left for came, left in down if ended <= came and left <= taken[0]), default=taken[0])
             text = max((t for t in starts if t <= sent), default=0.0)
-            before, after = max(((v[0], v[1]) for v in edge["verdicts"] if text < v[0] <= sent), default=(float("nan"), False))
+            since, after = max(((v[0], v[1]) for v in edge["verdicts"] if text < v[0] <= sent), default=(float("nan"), False))
             found.append(
                 Round(
-                    edge_of[order], sent, sent - before, after, min(arrived, begun), begun, ended, came, taken[0], nodes, tokens, taken[1], asked
+                    edge_of[order], sent, sent - since, after, min(arrived, begun), begun, ended, came, taken[0], nodes, tokens, taken[1], asked
                 )
             )
     return found

@@ -108,7 +108,7 @@ def replay(d: Drafter, world: World, prompt: list[int], output: list[int], param
             elif not d.grow(lambda arrival=arrival: world.now >= arrival):  # type: ignore[misc]
                 world.now = max(world.now, arrival)
         judge(s, text, t)
-        hit = d.verdict(s, row, [text[at]], Served(world.served(len(tree)), len(tree) + 1))
+        hit = d.verdict(s, text[len(s.tokens) : at + 1], Served(world.served(len(tree)), len(tree) + 1))
         t.rounds, t.rows, t.hits, t.guesses = t.rounds + 1, t.rows + len(tree) + 1, t.hits + hit, t.guesses + right
     t.tokens += len(s.tokens) - known
     t.seconds += world.now - begun

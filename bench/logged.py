@@ -103,7 +103,7 @@ class LoggedEngine(Engine):
         self.runner.rows_run = 0
         begun = time.monotonic()
         verdicts = super().step(most)
-        found = [(v.sequence.number, v.base, v.verified, len(v.path) + len(v.tokens)) for v in verdicts]
+        found = [(v.sequence.number, v.base, v.verified, len(v.tokens)) for v in verdicts]
         if self.runner.rows_run:
             self.steps.append((begun, time.monotonic(), self.runner.rows_run, found))
         return verdicts
@@ -133,14 +133,13 @@ class LoggedDrafter(Drafter):
         self.submits.append((time.monotonic(), len(tree)))
         return tree
 
-    def verdict(self, session: Session, row: int, tokens: list[int], *more: object) -> bool:
+    def verdict(self, session: Session, tokens: list[int], *more: object) -> bool:
         came, guess = time.monotonic(), single_guess(session)
-        end = session.submitted[row - 1] if row and session.submitted else session.root
-        guessed = guess is not None and guess.parent is end and tokens == [guess.token]
-        hit = super().verdict(session, row, tokens, *more)  # type: ignore[arg-type]
+        guessed = guess is not None and tokens == guess.path()
+        hit = super().verdict(session, tokens, *more)  # type: ignore[arg-type]
         if more[1:2] not in ((), (None,)):
             self.begun.append(came)
-        self.verdicts.append((came, hit, guessed, row))
+        self.verdicts.append((came, hit, guessed, len(tokens)))
         return hit
 
 

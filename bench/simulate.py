@@ -35,7 +35,7 @@ from specedge.engine.cost import ALL
 from specedge.engine.drafter import Drafter
 from specedge.engine.engine import Engine
 from specedge.engine.growing import Session
-from specedge.engine.mirror import Mirror, go_on
+from specedge.engine.mirror import Mirror, catch_up, go_on
 from specedge.engine.model import Abandoned
 from specedge.engine.pace import Served
 from specedge.engine.pipeline import Pipeline
@@ -146,6 +146,8 @@ class Edge:
     inbox: list[Answer] = field(default_factory=list)
     mirror: Mirror | None = None  # the server's, of what grows here
     round: int = 0
+    taken: int = 0  # the last that the server has
+    waits: bool = False  # the server, for the next
     since: int = 0  # the round of which on nodes are numbered
     budget: int = MAX_ROWS_PER_TREE
     flying: bool = False
@@ -210,21 +212,29 @@ class Simulation:
             e.session = e.drafter.open(e.sequence.tokens, params, e.sequence.limit)
             if (law := self.engine.cost.law) is not None:  # an edge greets before its first text
                 e.drafter.pace.verify.tell(law)
-            e.budget, e.flying, e.rounds, e.mirror = MAX_ROWS_PER_TREE, False, [], None
+            e.budget, e.flying, e.rounds, e.mirror, e.waits = MAX_ROWS_PER_TREE, False, [], None, False
+            e.round = e.taken = e.since = 0
             self._of[e.sequence] = e
             self._at(self.clock.now, "edge", (e, e.looks))
 
     def _tree(self, what: tuple[Edge, Any, int]) -> None:
         edge, tree, number = what
-        if edge.sequence is not None and not edge.sequence.finish:
+        late = number == edge.taken and edge.mirror is not None and edge.mirror.late
+        if edge.sequence is None or edge.sequence.finish or not (late or number > edge.taken):
+            return
+        edge.taken, edge.waits = number, False
+        edge.mirror = Mirror(tree, number, edge.drafter.config.tree_size) if edge.drafter.tells else None
+        if not late or edge.sequence.tree is not None:
             self.engine.offer(edge.sequence, tree, self.clock.now)
-            edge.mirror = Mirror(tree, number, edge.drafter.config.tree_size) if edge.drafter.tells else None
             self._look(None)
 
     def _more(self, what: tuple[Edge, int, int, list[tuple[int, int, int]]]) -> None:
         edge, since, first, nodes = what
         if edge.mirror is not None:
             edge.mirror.add(since, first, [n[0] for n in nodes], [n[1] for n in nodes], [n[2] for n in nodes])
+            if edge.waits and edge.sequence is not None and catch_up(self.engine, edge.sequence, edge.mirror, self.clock.now) is not None:
+                edge.taken, edge.waits = edge.mirror.round, False
+                self._look(None)
 
     def _look(self, when: float | None) -> None:
         """What the server's thread does between messages; `when`: it wanted to look up then, if nothing happened before."""
@@ -246,9 +256,10 @@ class Simulation:
 
     def _served(self, what: tuple[list[Verdict], float, int]) -> None:
         self._serving = False
-        mirrors = [self._of[v.sequence].mirror for v in what[0]]
-        trees = go_on(self.engine, list(zip(what[0], mirrors, strict=True)), self.clock.now)
-        for v, m, tree in zip(what[0], mirrors, trees, strict=True):
+        edges = [self._of[v.sequence] for v in what[0]]
+        trees = go_on(self.engine, [(v, e.mirror) for v, e in zip(what[0], edges, strict=True)], self.clock.now)
+        for v, e, tree in zip(what[0], edges, trees, strict=True):
+            m, e.waits, e.taken = e.mirror, tree is None, e.taken + (tree is not None)
             served = Served(what[1], what[2], what[2] - v.verified)
             answer = Answer(v, v.sequence.acceptance.budget, served, None if tree is None else len(tree), 0 if m is None else m.since)
             self._at(self.clock.now + self.world.rtt / 2, "verdict", answer)
@@ -274,11 +285,12 @@ class Simulation:
             e.drafter.grow()
         e.clock.now = self.clock.now
         for a in e.inbox:
+            e.round += not e.flying  # else the server has begun before the tree was ready
             v, anew, e.flying, e.budget = a.verdict, a.since != e.since, a.ahead is not None, a.budget
-            hit = None if v.finish else e.drafter.verdict(e.session, 0, [*v.path, *v.tokens], a.served, a.ahead, anew)
+            hit = None if v.finish else e.drafter.verdict(e.session, list(v.tokens), a.served, a.ahead, anew)
             if e.flying:
                 e.round, e.since = e.round + 1, a.since
-            e.rounds.append((self.clock.now, len(v.path) + len(v.tokens), hit))
+            e.rounds.append((self.clock.now, len(v.tokens), hit))
             if v.finish:
                 e.drafter.cancel(e.session)
                 e.session = None

@@ -227,7 +227,7 @@ def test_the_single_guess_is_the_likeliest_token_below_a_leaf() -> None:
     inner = {id(n.parent) for n in nodes}
     assert guess.parent in nodes and id(guess.parent) not in inner and guess not in nodes
     assert guess.score == max(n.score for n in session.nodes if n.parent in nodes and id(n.parent) not in inner)
-    own.verdict(session, nodes.index(guess.parent) + 1, [guess.token])
+    own.verdict(session, guess.path())
     assert own.verdicts[-1][1:3] == (True, True) and own.submits[-1][1] == len(tree) and len(own.grows) >= 5
 
 

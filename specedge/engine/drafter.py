@@ -189,37 +189,30 @@ class Drafter:
         return first, session.news()
 
     def verdict(
-        self, session: Session, row: int, tokens: list[int], served: Served | None = None, ahead: int | None = None, anew: bool = False
+        self, session: Session, tokens: list[int], served: Served | None = None, ahead: int | None = None, anew: bool = False
     ) -> bool:  # fmt: skip
-        """The target accepted the path to `row` of the submitted tree, if there was one, and `tokens` follow. `served`: how it was verified, if that
+        """By the target `tokens` follow the root: the path that was accepted and the token that closes it. `served`: how they were verified, if that
         is known. `ahead`: the server has begun the next round by itself, with a tree of so many nodes that it was told of; `anew`: but knows none
         below the new root. True: the new root had been drafted (a hit)."""
-        path: list[Node] = []
-        node = session.submitted[row - 1] if row and session.submitted else session.root
-        while node is not session.root:
-            path.append(node)
-            assert node.parent is not None
-            node = node.parent
-        text = [n.token for n in reversed(path)] + tokens
-        self._timed(session, len(text), served)
+        self._timed(session, len(tokens), served)
         walked = [session.root]
-        for token in text:
+        for token in tokens:
             for tried in walked[-1].children.values():  # one of them at most was right
                 session.calibration.observe(tried.rank, tried.log_p, tried.token == token)
             child = walked[-1].children.get(token)
             if child is None:
                 break
             walked.append(child)
-        hit = len(walked) == len(text) + 1
+        hit = len(walked) == len(tokens) + 1
         new = walked.pop() if hit else None
         self._commit(session, walked)
-        session.tokens += text
+        session.tokens += tokens
         if max(tokens) >= self._vocab:
             session.limit = 0  # a token that this model does not know: nothing can follow it
         if session.submitted is not None and session.size:
             self.pace.rooted(new is not None and new.slot >= 0)
         session.submitted = None
-        self._root(session, new or self._node(text[-1], None, 0.0), walked)
+        self._root(session, new or self._node(tokens[-1], None, 0.0), walked)
         if ahead is not None:
             session.submitted, session.size, session.sent, session.unasked, session.tellings = [], ahead, self._clock(), True, 0
             if anew:
@@ -295,7 +288,7 @@ class Drafter:
         if batch.rows == 0:
             return False
         rows, context = batch.rows, sum(len(s.tokens) for s, _ in grown)
-        asks = [Ask(s.params, s.tokens, s.prompt_len, s.stop, [_path(n) for n in nodes]) for s, nodes in grown]
+        asks = [Ask(s.params, s.tokens, s.prompt_len, s.stop, [n.path() for n in nodes]) for s, nodes in grown]
         half = begun + self.pace.draft.predict(rows, context) / 2
         heed = None if stop is None or chains or self._awaited else lambda: self._clock() < half and stop()
         try:
@@ -455,15 +448,6 @@ class Drafter:
             return session.rate.per_second
         away = self.pace.away(session.others + session.size + 1, len(session.tokens))
         return (1 + sum(self._scores(session, session.size))) / away
-
-
-def _path(node: Node) -> list[int]:
-    """Tokens from below the root down to `node`."""
-    tokens: list[int] = []
-    while node.parent is not None:
-        tokens.append(node.token)
-        node = node.parent
-    return tokens[::-1]
 
 
 def check_given(draft: object, **given: object) -> None:

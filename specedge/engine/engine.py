@@ -165,7 +165,7 @@ class Engine(TextEngine):
         found = self._verify(batch, jobs)
         verdicts = [v for job, f in zip(jobs, found, strict=True) if (v := self._extend(job, f)) is not None]
         self.rows = batch.rows
-        self._learn(jobs, verdicts, batch.rows, context, begun)
+        self._learn(jobs, found, batch.rows, context, begun)
         for v in verdicts:
             if v.sequence in self._texts:
                 text = self._texts[v.sequence]
@@ -205,7 +205,7 @@ class Engine(TextEngine):
                 wants[i] = replace(wants[i], nodes=nodes)
         return wants, order
 
-    def _learn(self, jobs: list[Job], verdicts: list[Verdict], rows: int, context: int, begun: float) -> None:
+    def _learn(self, jobs: list[Job], found: list[Found | None], rows: int, context: int, begun: float) -> None:
         """Remember how long the step took and what was accepted. A step for batch alone, while there are others, is part of the pause between theirs:
         nobody of them has waited."""
         now, (before, ended) = time.monotonic(), self._stepped
@@ -217,15 +217,15 @@ class Engine(TextEngine):
             if ended:
                 self.admission.paused(begun - ended, ended - before)
             self._stepped = (begun, now) if self.line.running or self.line.waiting else (0.0, 0.0)
-        jobs = [job for job in jobs if job.grant.token]  # those that got the verdicts
-        for job, v in zip(jobs, verdicts, strict=True):
+        answered = [(job, job.tree.path(f.row)) for job, f in zip(jobs, found, strict=True) if f is not None]
+        for job, path in answered:
             job.sequence.answered = now
-            job.sequence.rhythm.verified(v.verified, len(v.path) + len(v.tokens))
-        drafted = [(job, v) for job, v in zip(jobs, verdicts, strict=True) if job.sequence not in self._texts]  # those are decoded alone to their end
+            job.sequence.rhythm.verified(job.grant.chain + len(job.tree), len(path) + 1)
+        drafted = [(job, path) for job, path in answered if job.sequence not in self._texts]  # those are decoded alone to their end
         if self.runner.sizes.admission and drafted:
-            known = [v.sequence.acceptance for _, v in drafted]
-            self.admission.learn(known, [len(job.tree) for job, _ in drafted], [job.tree.path(v.row) for job, v in drafted])
-            self.admission.plan(known, len(jobs), context, self.runner.sizes.max_rows - len(jobs))
+            known = [job.sequence.acceptance for job, _ in drafted]
+            self.admission.learn(known, [len(job.tree) for job, _ in drafted], [path for _, path in drafted])
+            self.admission.plan(known, len(answered), context, self.runner.sizes.max_rows - len(answered))
 
     def _tree(self, s: Sequence, grant: Grant) -> TokenTree:
         """What of the offered tree is verified: the granted nodes, up to the first that lies too deep to be accepted or to have a page. Nobody is
@@ -268,11 +268,10 @@ class Engine(TextEngine):
         if found is not None:
             base, rows = len(s.tokens), job.tree.path(found.row)
             kept += len(rows)
-            path = tuple(int(job.tree.tokens[r - 1]) for r in rows)
-            s.tokens += [*path, found.last]
+            tokens = (*(int(job.tree.tokens[r - 1]) for r in rows), found.last)
+            s.tokens += tokens
             s.tree, s.finish = None, found.finish
-            verified = job.grant.chain + len(job.tree)
-            verdict = Verdict(s, base, found.row, path, (found.last,), verified, found.finish, found.logprobs)
+            verdict = Verdict(s, base, tokens, job.grant.chain + len(job.tree), found.finish, found.logprobs)
         else:
             s.since = time.monotonic()  # its turn has yet to begin
         assert s.table is not None

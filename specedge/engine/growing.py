@@ -32,6 +32,14 @@ class Node:
     seen: int = 0  # bit set of the slots of this node and its ancestors, once expanded
     children: "dict[int, Node]" = field(default_factory=dict)
 
+    def path(self) -> list[int]:
+        """Tokens from below the root down to this node."""
+        tokens, node = list[int](), self
+        while node.parent is not None:
+            tokens.append(node.token)
+            node = node.parent
+        return tokens[::-1]
+
 
 @dataclass(slots=True, eq=False)
 class Session:
@@ -52,7 +60,7 @@ class Session:
     heap: list[tuple[float, int, Node]] = field(default_factory=list)  # unexpanded nodes, best first
     nodes: list[Node] = field(default_factory=list)  # all below the root
     best: list[float] = field(default_factory=list)  # scores of as many of the best nodes as a tree may have, rising
-    submitted: list[Node] | None = None  # rows 1..N of the tree whose verdict is awaited, if that is one that was submitted
+    submitted: list[Node] | None = None  # nodes of the tree whose verdict is awaited; none of one that the server has made by itself
     told: int = 0  # nodes that a server has been told of since they were last numbered
     told_at: float = 0.0  # when it was told last
     tellings: int = 0  # since the last verdict

@@ -112,16 +112,14 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a step found: the path to `row` of the offered tree is accepted and `tokens` follow it, from length `base` on."""
+    """What a step found: `tokens` extend the text from length `base` on, a path of the offered tree and the token that closes it."""
 
     sequence: Sequence
     base: int
-    row: int
-    path: tuple[int, ...]  # tokens of the accepted path
     tokens: tuple[int, ...]
     verified: int  # rows that were run for it
     finish: str
-    logprobs: tuple[Logprobs, ...] | None = None  # of path and tokens, if the parameters ask for them
+    logprobs: tuple[Logprobs, ...] | None = None  # of `tokens`, if the parameters ask for them
 
 
 @dataclass(frozen=True, slots=True)

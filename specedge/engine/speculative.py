@@ -103,9 +103,9 @@ class SpeculativeEngine(TextEngine):
 
     def _take(self, text: DraftedText, verdict: Verdict, served: Served) -> None:
         s = text.output.speculation
-        s = replace(s, rounds=s.rounds + 1, drafted=s.drafted + text.offered, accepted=s.accepted + len(verdict.path))
+        s = replace(s, rounds=s.rounds + 1, drafted=s.drafted + text.offered, accepted=s.accepted + len(verdict.tokens) - 1)
         if text.session is not None and not verdict.finish:
-            hit = self.drafter.verdict(text.session, verdict.row, list(verdict.tokens), served)
+            hit = self.drafter.verdict(text.session, list(verdict.tokens), served)
             s = replace(s, hits=s.hits + hit, misses=s.misses + (not hit))
         text.output.speculation = s
         text.take(verdict)

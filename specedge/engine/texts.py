@@ -95,7 +95,7 @@ class Text:
 
     def take(self, verdict: Verdict) -> None:
         """Add what a step has found."""
-        self.chunks.append(self.output.add((*verdict.path, *verdict.tokens), verdict.finish, verdict.logprobs))
+        self.chunks.append(self.output.add(verdict.tokens, verdict.finish, verdict.logprobs))
 
 
 class TextEngine(ABC):

@@ -347,7 +347,7 @@ class Edge:
         else:
             most = SMALL if self._pilot is not None and self._pilot.on_trial else MAX_NODES
             tree = self._drafter.submit(text.session, self._drafter.size(text.session, min(most, r.budget)))
-            if self._drafter.tells and self._link.welcome.ahead:
+            if self._drafter.tells:
                 r.ahead = min(most, self._drafter.config.tree_size)
         r.offer(tree, until, time.monotonic())
         text.streaming = False
@@ -402,16 +402,15 @@ class Edge:
         """Take what a verdict brought."""
         self._moved = time.monotonic()
         s = text.output.speculation
-        s = replace(s, rounds=s.rounds + 1, drafted=s.drafted + step.nodes, accepted=s.accepted + len(step.path))
+        s = replace(s, rounds=s.rounds + 1, drafted=s.drafted + step.nodes, accepted=s.accepted + step.accepted)
         if text.session is not None and self._drafter is not None and not step.finish:
             with self._guarded(text):
-                told = step.tokens if step.row else step.path + step.tokens
-                hit = self._drafter.verdict(text.session, step.row, told, step.served, step.ahead, step.anew)
+                hit = self._drafter.verdict(text.session, step.tokens, step.served, step.ahead, step.anew)
                 if not text.alone:
                     s = replace(s, hits=s.hits + hit, misses=s.misses + (not hit))
                 self._learn(text, step)
         text.output.speculation = s
-        chunk = text.output.add(step.path + step.tokens, step.finish)
+        chunk = text.output.add(step.tokens, step.finish)
         text.inbox.put(chunk)
         if chunk.completion:  # perhaps before the server knows: stop strings are looked for here
             self._end(text, wire.Close(text.id))
@@ -424,7 +423,7 @@ class Edge:
         if self._pilot is not None and step.served is not None:  # else it was caught up with after a loss
             seconds = None if before is None else now - before
             if not text.alone:
-                self._pilot.drafted(len(step.path) + len(step.tokens), None if self._drafter.trying else seconds, step.served.seconds)
+                self._pilot.drafted(len(step.tokens), None if self._drafter.trying else seconds, step.served.seconds)
             elif text.session.asleep:  # else the draft reads, and verdicts wait for its forwards: these times say nothing
                 self._pilot.streamed(len(step.tokens), seconds if text.streaming else None)
                 text.streaming = True

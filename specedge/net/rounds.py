@@ -29,12 +29,10 @@ REBUILD = ("session", "offset", "round", "base", "internal")  # codes that a ses
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a verdict brought: the path to `row` of the tree that was sent, or any path from the root if `row` is 0, and what follows it. `served`:
-    how it was verified, if that was said."""
+    """What a verdict brought: `tokens`, of which the first `accepted` are a path of the tree. `served`: how it was verified, if that was said."""
 
-    row: int
-    path: list[int]
     tokens: list[int]
+    accepted: int
     finish: str
     nodes: int  # of the tree
     served: Served | None = None
@@ -80,7 +78,7 @@ class Rounds:
         """A new connection to `server` stands: ask there for the session, or open it where it has never been."""
         self._open, self._asked, self._said = False, server == self._server, False
         if not self._asked:
-            self.ahead = 0  # until the next round: another server, or another version of it
+            self.ahead = 0  # until the next round: another server knows nothing of what grew until now
         self.known = self.known and self._asked
         self._server, self._at = server, now
 
@@ -178,27 +176,28 @@ class Rounds:
 
     def _verdict(self, m: wire.Verdict, now: float) -> Step | None:
         known = len(self.tokens)
+        if self.sent is None and self.ahead and m.verified and (m.round, m.base) == (self.round + 1, known):
+            self.round, self.sent, self.nodes = m.round, EMPTY, m.verified - 1  # the server has begun before the tree was ready
         if m.round == self.round:
             self.heard = now
             if m.base <= known:  # what comes behind a gap must not put off the repeat that closes it
                 self._at = now + RESEND
         if self.sent is None or m.round != self.round or m.base != known:
             return None  # of a round that is answered, or a gap, which the next repeat closes
-        if not (m.row or m.tokens or m.finish):
+        if not (m.tokens or m.finish):
             return None  # nothing new yet: the server lives, and has the round
         try:
             tokens = wire.unpack_ids(m.tokens).tolist()
-            path = [int(self.sent.tokens[r - 1]) for r in self.sent.path(m.row)]
-        except (wire.WireError, IndexError):
-            tokens, path = [], []
-        if m.verified and m.row == 0 and not self.until:  # of a tree that was begun by the server
-            path, tokens = tokens[:-1], tokens[-1:]
-        if not tokens or max(tokens) >= self.vocab or known + len(path) + len(tokens) > self.limit:
+        except wire.WireError:
+            tokens = []
+        if not tokens or max(tokens) >= self.vocab or known + len(tokens) > self.limit:
             raise ServerError("the server sent a verdict that does not continue this text")
+        accepted = len(tokens) - 1 if m.verified and not self.until else 0
         served = Served(m.verify_us / 1e6, rows := max(m.rows, m.verified), rows - m.verified) if m.verified and m.verify_us else None
         ahead = m.nodes if m.next > self.round and self.ahead and not m.finish else None
-        step = Step(m.row, path, tokens, wire.FINISH[m.finish], self.nodes, served, ahead, m.since != self.since)
-        self.tokens += path + tokens
+        nodes = max(self.nodes, accepted)  # of the tree that was sent, or, of a round that began late, of a larger one
+        step = Step(tokens, accepted, wire.FINISH[m.finish], nodes, served, ahead, m.since != self.since)
+        self.tokens += tokens
         self.budget, self.why, self._rebuilds = m.row_budget, "", 0
         self.sent = EMPTY if len(self.tokens) < self.until or ahead is not None else None
         if ahead is not None:

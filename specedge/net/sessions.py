@@ -19,7 +19,7 @@ from specedge.config import PRIORITIES
 from specedge.engine import request
 from specedge.engine.cost import Law
 from specedge.engine.engine import Engine
-from specedge.engine.mirror import Mirror, go_on
+from specedge.engine.mirror import Mirror, catch_up, go_on
 from specedge.engine.texts import RequestError
 from specedge.net import wire
 from specedge.net.quota import WAIT, Quota, Usage
@@ -82,7 +82,8 @@ class Remote:
     taken: float = 0.0  # when it came
     last: wire.Verdict | None = None  # its answer, or that of the round before where the server has begun this one by itself
     ahead: bool = False  # its edge says what grows
-    mirror: Mirror | None = None  # which is this, while its verdict is awaited
+    base: int = 0  # length of the text when this round began
+    mirror: Mirror | None = None  # of what the edge says to grow since the last whole tree
     unasked: bool = False  # the server has begun this round by itself
 
     @property
@@ -222,7 +223,7 @@ class Sessions:
         if isinstance(message, wire.Lease):
             return []
         if isinstance(message, wire.Grown):
-            return self._grown(remote, message)
+            return self._grown(remote, message, now)
         return self._prompt(remote, message) if isinstance(message, wire.Prompt) else self._draft(remote, message, now)
 
     def _hello(self, peer: Peer, m: wire.Hello, now: float) -> list[Message]:
@@ -241,7 +242,7 @@ class Sessions:
         limits = wire.Limits(self._max_nodes, e.runner.context, min(self.max_sessions, quota.sessions or self.max_sessions))
         load = wire.Load(len(self._table), pool.available * pool.page_size, pool.total * pool.page_size)
         build, lease = f"specedge {__version__}", int(self.lease * 1000)
-        welcome = wire.Welcome(build, self.model, tokenizer, e.vocab, list(e.eos_ids), limits, lease, load, *_cost(e.cost.law), ahead=1)
+        welcome = wire.Welcome(build, self.model, tokenizer, e.vocab, list(e.eos_ids), limits, lease, load, *_cost(e.cost.law))
         return [welcome, self._goaway(now)] if self.draining else [welcome]
 
     def _open(self, peer: Peer, m: wire.Open, now: float) -> list[Message]:
@@ -334,9 +335,10 @@ class Sessions:
         # an edge may not know how far the server has gone by itself; every round has brought a token, so one that has them all begins another
         behind = r.ahead and 0 < m.round <= r.round
         new = m.round == r.round + 1 or (behind and not r.flying and not s.finish and m.base == len(s.tokens))
-        if not new and (behind or m.round == r.round > 0):
+        late = r.flying and r.mirror is not None and r.mirror.late and (m.round, m.base) == (r.round, r.base)
+        if not (new or late) and (behind or m.round == r.round > 0):
             return self._repeat(r, m)
-        if r.flying or not new:
+        if not late and (r.flying or not new):
             raise Refused("round", f"round {m.round} came, but round {r.round} {'awaits its verdict' if r.flying else 'was the last'}")
         if m.base > len(s.tokens):
             raise Refused("base", f"the text has {len(s.tokens)} tokens here, round {m.round} builds on {m.base}")
@@ -345,31 +347,44 @@ class Sessions:
             tree.check(self.engine.vocab)
         except (TreeError, wire.WireError) as e:
             raise Refused("tree", f"{e}") from None
-        if r.usage.in_flight >= r.usage.quota.in_flight > 0:
-            raise Full(f"{r.usage.in_flight} rounds of this account await their verdicts already", RETRY_ROUND)
-        self._afford(r.usage)
-        r.round, r.taken, r.ahead, r.mirror, r.unasked = m.round, now, m.ahead > 0, None, False
+        if not late:
+            if r.usage.in_flight >= r.usage.quota.in_flight > 0:
+                raise Full(f"{r.usage.in_flight} rounds of this account await their verdicts already", RETRY_ROUND)
+            self._afford(r.usage)
         if not s.finish:
             self.engine.run_until(s, min(m.run_until, s.limit))
-        if m.base < len(s.tokens) or s.finish:
+        r.round, r.base, r.taken, r.ahead, r.mirror, r.unasked = m.round, m.base, now, m.ahead > 0, None, False
+        verified = late and s.tree is None  # the tree with which the server has begun this round; the verdict goes out in a moment
+        if not verified and (m.base < len(s.tokens) or s.finish):
             return [self._catch_up(r, m.round, m.base)]
-        self.engine.offer(s, tree, now)
         r.mirror = Mirror(tree, m.round, m.ahead) if m.ahead and not s.alone else None
+        if verified:
+            return []
+        self.engine.offer(s, tree, now)
         r.moved = now  # not before: what asks for no row moves nothing
         self._fly(r, True)
         return []
 
-    def _grown(self, r: Remote, m: wire.Grown) -> list[Message]:
-        """Take what has grown at the edge, if the server may go on with it."""
-        if r.mirror is not None:
-            try:
-                tokens, parents, steps = wire.unpack_nodes(m)
-                if tokens and max(tokens) >= self.engine.vocab:
-                    raise TreeError(f"a node carries token {max(tokens)}, which is outside the vocabulary of {self.engine.vocab}")
-                r.mirror.add(m.since, m.first, tokens, parents, steps)
-            except (TreeError, wire.WireError) as e:
-                raise Refused("tree", f"{e}") from None
+    def _grown(self, r: Remote, m: wire.Grown, now: float) -> list[Message]:
+        """Take what has grown at the edge, if the server may go on with it; and go on, if that was all that was missing."""
+        if r.mirror is None or r.sequence is None:
+            return []
+        try:
+            tokens, parents, steps = wire.unpack_nodes(m)
+            if tokens and max(tokens) >= self.engine.vocab:
+                raise TreeError(f"a node carries token {max(tokens)}, which is outside the vocabulary of {self.engine.vocab}")
+            r.mirror.add(m.since, m.first, tokens, parents, steps)
+        except (TreeError, wire.WireError) as e:
+            raise Refused("tree", f"{e}") from None
+        if not r.flying and not r.usage.must_ask and catch_up(self.engine, r.sequence, r.mirror, now) is not None:
+            self._begun(r, now)
         return []
+
+    def _begun(self, r: Remote, now: float) -> None:
+        """The server has begun a round by itself."""
+        assert r.mirror is not None and r.sequence is not None
+        r.round, r.base, r.taken, r.unasked = r.mirror.round, len(r.sequence.tokens), now, True
+        self._fly(r, True)
 
     def _repeat(self, r: Remote, m: wire.Draft) -> list[Message]:
         """The answer to a round that was answered before: the same one, or all that is known by now; nothing, if that is nothing new."""
@@ -389,7 +404,7 @@ class Sessions:
         tokens = r.sequence.tokens[base : base + wire.CHUNK]
         finish = r.sequence.finish if base + len(tokens) == len(r.sequence.tokens) else ""
         return wire.Verdict(
-            r.opened.session, number, base, 0, wire.pack_ids(tokens), 0, wire.FINISH.index(finish), self._budget(r), 0, 0, 0, *self._next(r)
+            r.opened.session, number, base, wire.pack_ids(tokens), 0, wire.FINISH.index(finish), self._budget(r), 0, 0, 0, *self._next(r)
         )  # fmt: skip
 
     @staticmethod
@@ -404,14 +419,13 @@ class Sessions:
         r.heard = r.moved = now  # whoever is being served is not silent
         number, asked = r.round, r.flying
         queue = max(0.0, now - r.taken - spent) if asked else 0.0
-        row, tokens = (0, [*v.path, *v.tokens]) if r.unasked else (v.row, list(v.tokens))  # what the rows of its tree were the edge does not know
-        self._fly(r, tree is not None)
-        if tree is not None and r.mirror is not None:
-            r.round, r.taken, r.unasked = r.mirror.round, now, True
-        else:
+        self._fly(r, False)
+        if tree is not None:
+            self._begun(r, now)
+        elif v.finish or r.usage.must_ask:
             r.mirror = None
         message = wire.Verdict(
-            r.opened.session, number, v.base, row, wire.pack_ids(tokens), min(v.verified, 2**16 - 1),
+            r.opened.session, number, v.base, wire.pack_ids(list(v.tokens)), min(v.verified, 2**16 - 1),
             wire.FINISH.index(v.finish), self._budget(r), min(int(queue * 1e6), 2**32 - 1), min(int(spent * 1e6), 2**32 - 1),
             min(self.engine.rows, 2**16 - 1), *self._next(r),
         )  # fmt: skip

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from specedge.tree import GROWN, MAX_NODES, TokenTree
 
 MAGIC = b"SPEG"
-MAJOR, MINOR = 1, 3
+MAJOR, MINOR = 2, 0
 HEADER = struct.Struct("<4sBBBBII")
 SIZES = (512, 2048, 65536)
 CHUNK = 16000  # token ids in one PROMPT or VERDICT frame: 64,000 bytes, which leaves room for the other fields
@@ -93,10 +93,9 @@ class Welcome(Message):
     limits: Limits
     lease_ms: U32  # a session that is silent for longer is closed
     load: Load
-    pass_us: U32 = 0  # what a step of up to `knee` rows takes; 0: not known yet; since 1.2
+    pass_us: U32 = 0  # what a step of up to `knee` rows takes; 0: not known yet
     row_ns: U32 = 0  # and every further row
     knee: U16 = 0
-    ahead: Annotated[int, Meta(ge=0, lt=2)] = 0  # 1: GROWN is taken; since 1.3
 
 
 class Open(Message):
@@ -111,7 +110,7 @@ class Open(Message):
     stop_ids: Annotated[list[U32], Meta(max_length=128)]
     max_tokens: U32  # counted from prompt_len
     round: U32 = 0
-    batch: Annotated[int, Meta(ge=0, lt=2)] = 0  # 1: be served with rows that cost others nothing; since 1.1
+    batch: Annotated[int, Meta(ge=0, lt=2)] = 0  # 1: be served with rows that cost others nothing
 
 
 class Prompt(Message):
@@ -138,11 +137,11 @@ class Draft(Message):
     tokens: Annotated[bytes, Meta(max_length=4 * MAX_NODES)]
     parents: Annotated[bytes, Meta(max_length=MAX_NODES)]
     run_until: U32 = 0
-    ahead: U8 = 0  # nodes of the trees with which the server may begin further rounds by itself, from what GROWN tells; 0: it may not; since 1.3
+    ahead: U8 = 0  # nodes of the trees with which the server may begin further rounds by itself, from what GROWN tells; 0: it may not
 
 
 class Grown(Message):
-    """Edge -> server: nodes that have grown since the DRAFT, or the round, `since`. `first` is the number of the first of them; since 1.3."""
+    """Edge -> server: nodes that have grown since the DRAFT, or the round, `since`. `first` is the number of the first of them."""
 
     session: SessionId
     since: U32
@@ -153,20 +152,20 @@ class Grown(Message):
 
 
 class Verdict(Message):
-    """Server -> edge: the path to `row` of the tree is accepted and `tokens` follow it; all of it extends the text from `base`."""
+    """Server -> edge: `tokens` extend the text from `base`: the accepted path of the tree and the token that closes it, or what an edge lacks that is
+    behind."""
 
     session: SessionId
     round: U32
     base: U32
-    row: U8
     tokens: TokenBytes
     verified: U16  # rows that the server ran for this answer
     finish: Annotated[int, Meta(ge=0, lt=len(FINISH))]
     row_budget: U8  # nodes worth sending next time
     queue_us: U32
     verify_us: U32
-    rows: U16 = 0  # of the step: `verified`, and those of other sessions; 0: nobody says; since 1.2
-    next: U32 = 0  # the round that the server has begun by itself; 0: it waits for the next DRAFT; since 1.3
+    rows: U16 = 0  # of the step: `verified`, and those of other sessions; 0: nobody says
+    next: U32 = 0  # the round that the server has begun by itself; 0: it waits for the next DRAFT
     since: U32 = 0  # the round of which on the nodes of GROWN are numbered
     nodes: U8 = 0  # of the tree of the round `next`
 

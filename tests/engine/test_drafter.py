@@ -22,7 +22,7 @@ from specedge.engine.mirror import Mirror
 from specedge.engine.model import Abandoned
 from specedge.engine.pace import Served
 from specedge.kernels import gumbel
-from specedge.tree import GROWN, NUMBERS, TokenTree, make_tree
+from specedge.tree import GROWN, NUMBERS
 
 VOCAB = 24
 
@@ -168,7 +168,7 @@ def test_random_rounds_keep_the_books(temperature: float, wild: float) -> None:
             tokens = [token]
             for _ in range(int(rng.integers(0, 3)) * (rng.random() < 0.2)):  # the server went on alone
                 tokens.append(target(text + tokens, params, wild, rng))
-            if d.verdict(s, row, tokens):
+            if d.verdict(s, (text + tokens)[len(s.tokens) :]):
                 hits += 1
             else:
                 misses += 1
@@ -198,11 +198,10 @@ def test_a_hit_keeps_the_subtree_and_computes_nothing_again() -> None:
     s = grown(d, [1, 2, 3], forwards=6)
     fake: FakeRunner = d.runner  # type: ignore[assignment]
     tree = d.submit(s, 15)
-    row = 1
     child = next(n for n in s.nodes if n.parent is s.submitted[0] and n.slot >= 0)  # type: ignore[index]
     below = {id(n) for n in s.nodes if n.slot >= 0 and n is not child and _under(n, child)}
     passes = len(fake.forwards)
-    assert d.verdict(s, row, [child.token])
+    assert d.verdict(s, child.path())
     assert len(fake.forwards) == passes and s.root is child
     assert {id(n) for n in s.nodes if n.slot >= 0} == below
     assert s.tokens == [1, 2, 3, int(tree.tokens[0]), child.token]
@@ -219,7 +218,7 @@ def test_a_token_that_the_server_cut_is_a_hit() -> None:
     d = make()
     s = grown(d, [4, 5], forwards=5)
     tree = d.submit(s, 20)
-    assert d.verdict(s, 0, [int(tree.tokens[0])])
+    assert d.verdict(s, [int(tree.tokens[0])])
     audit(d, s)
 
 
@@ -229,7 +228,7 @@ def test_the_last_accepted_row_may_have_no_kv() -> None:
     d.submit(s, 31)
     leaf = next(i for i, n in enumerate(s.submitted or [], 1) if n.slot < 0)
     path = len(s.tokens) + (s.submitted or [])[leaf - 1].depth
-    assert not d.verdict(s, leaf, [7])
+    assert not d.verdict(s, [*s.submitted[leaf - 1].path(), 7])  # type: ignore[index]
     assert len(s.tokens) == path + 1 and s.computed == path - 1, "the leaf and the new root are to be computed"
     audit(d, s)
     fake: FakeRunner = d.runner  # type: ignore[assignment]
@@ -247,7 +246,7 @@ def test_growth_stops_at_256_rows_and_goes_on_after_a_verdict() -> None:
     assert s.live == MAX_ROWS_PER_TREE and s.heap
     audit(d, s)
     d.submit(s, 255)
-    assert d.verdict(s, 0, [(s.submitted or [])[0].token])
+    assert d.verdict(s, [(s.submitted or [])[0].token])
     assert s.live < MAX_ROWS_PER_TREE and d.grow()
     audit(d, s)
 
@@ -272,7 +271,8 @@ def test_a_server_that_is_told_has_the_same_tree(wild: float) -> None:
     s = grown(d, [1, 2, 3], params)
     s.limit = 400
     ahead = anew = late = 0
-    mirror = Mirror(d.submit(s, 9), 1)
+    tree = d.submit(s, 9)
+    mirror = Mirror(tree, 1)
     for _ in range(150):
         held = list[tuple[int, list[tuple[int, int, int]]]]()  # what is on its way when the verdict is given
         for _ in range(int(rng.integers(0, 8))):
@@ -282,14 +282,14 @@ def test_a_server_that_is_told_has_the_same_tree(wild: float) -> None:
         for first, nodes in held[:arrived]:
             assert first == mirror.next
             mirror.add(mirror.since, first, [n[0] for n in nodes], [n[1] for n in nodes], [n[2] for n in nodes])
-        tree = mirror.tree(int(rng.integers(0, 7))) if ahead or anew else d_tree(s)
         text, row, children = list(s.tokens), 0, tree.children()
         while (token := target(text, params, wild, rng)) in children[row]:
             row = children[row][token]
             text.append(token)
-        known = mirror.move(row, token)
-        mirror.begin(known)
-        d.verdict(s, 0, [*text, token][len(s.tokens) :], None, mirror.size, not known)
+        tokens = [*text, token][len(s.tokens) :]
+        known = mirror.move(tokens)
+        tree = mirror.begin(int(rng.integers(0, 7)))
+        d.verdict(s, tokens, None, len(tree), not known)
         ahead, anew = ahead + known, anew + (not known)
         for first, nodes in held[arrived:]:  # after a new beginning it is of no use
             late += known
@@ -304,14 +304,7 @@ def test_a_server_that_is_told_has_the_same_tree(wild: float) -> None:
         audit(d, s)
         if len(s.tokens) > 380:
             break
-    assert ahead > 12 and late > 10 and anew > 5, (ahead, late, anew)
-
-
-def d_tree(s: Session) -> TokenTree:
-    """The tree that was submitted last."""
-    nodes = s.submitted or []
-    row = {id(n): i for i, n in enumerate(nodes, 1)} | {id(s.root): 0}
-    return make_tree([n.token for n in nodes], [row[id(n.parent)] for n in nodes])
+    assert ahead > 12 and late > 10 and anew > 3, (ahead, late, anew)
 
 
 def test_what_is_told_is_worth_it() -> None:
@@ -379,7 +372,7 @@ def test_without_proactive_nothing_grows_in_flight() -> None:
     s = grown(d, [1, 2])
     d.submit(s, 7)
     assert not d.grow()
-    d.verdict(s, 0, [20])
+    d.verdict(s, [20])
     assert d.grow()
 
 
@@ -403,12 +396,12 @@ def test_a_text_longer_than_the_drafts_context_goes_on_without_drafts() -> None:
         while not d.ready(s) and d.grow():
             pass
         tree = d.submit(s, 15)
-        d.verdict(s, 0, [target(s.tokens, params, 0.5, rng)])
+        d.verdict(s, [target(s.tokens, params, 0.5, rng)])
         audit(d, s)
     assert d.ready(s) and not d.grow() and len(s.tokens) >= 40
     tree = d.submit(s, 15)
     assert len(tree) == 0
-    d.verdict(s, 0, [1, 2, 3])
+    d.verdict(s, [1, 2, 3])
     d.cancel(s)
     d.pool.check()
 
@@ -475,7 +468,7 @@ def rounds(d: Drafter, world: PacedRunner, around: float, verify: float, row: fl
             at = children[at][token]
             text.append(token)
         waited = world.now - arrival
-        d.verdict(s, at, [token], Served(took, len(tree) + 1))
+        d.verdict(s, [*text, token][len(s.tokens) :], Served(took, len(tree) + 1))
         if i >= count // 2:
             for name, value in zip(total, (forwards, len(tree), world.now - begun, len(s.tokens) - known, waited), strict=True):
                 total[name] += value / (count - count // 2)
@@ -547,12 +540,12 @@ def test_only_a_root_that_was_grown_from_counts_as_kept() -> None:
     s = grown(d, [1, 2, 3], forwards=1)
     d.submit(s, 7)
     leaf = next(n for n in s.nodes if n.slot < 0 and n.parent is s.root)
-    assert d.verdict(s, 0, [leaf.token]) and d.pace.kept == 0.0, "a hit, of which nothing was drafted"
+    assert d.verdict(s, [leaf.token]) and d.pace.kept == 0.0, "a hit, of which nothing was drafted"
     d.grow()
     d.grow()
     d.submit(s, 7)
     grown_from = next(n for n in s.nodes if n.slot >= 0 and n.parent is s.root)
-    assert d.verdict(s, 0, [grown_from.token]) and d.pace.kept > 0
+    assert d.verdict(s, [grown_from.token]) and d.pace.kept > 0
 
 
 def test_dear_rows_make_small_trees() -> None:
@@ -621,7 +614,7 @@ def test_who_sleeps_is_not_drafted_for() -> None:
     nodes = len(a.nodes)
     d.grow()
     assert len(a.nodes) == nodes and d.ready(a)
-    d.verdict(a, 0, [9, 9, 9])
+    d.verdict(a, [9, 9, 9])
     audit(d, a)
     d.sleep(b, True)
     assert not d.grow()

@@ -233,7 +233,7 @@ def test_a_deep_tree_does_not_preempt(model: Path) -> None:
         e.step()
     e.offer(s, make_tree(truth[:140], list(range(140))))
     (verdict,) = e.step()
-    assert verdict.sequence is s and len(verdict.path) > 50 and s.tokens == prompt + truth[: len(s.tokens) - 20]
+    assert verdict.sequence is s and len(verdict.tokens) > 51 and s.tokens == prompt + truth[: len(s.tokens) - 20]
     assert idle.computed == len(idle.tokens) - 1
     e.cancel(s)
     e.cancel(idle)

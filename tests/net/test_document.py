@@ -45,7 +45,7 @@ class Client:
 
     def send(self, number: int, fields: list[object]) -> None:
         body = msgpack.encode(fields)
-        header = struct.pack("<4sBBBBII", b"SPEG", 1, 0, number, 0, len(body), 0)
+        header = struct.pack("<4sBBBBII", b"SPEG", 2, 0, number, 0, len(body), 0)
         size = next(s for s in (512, 2048, 65536) if s >= 16 + len(body))
         self.socket.send((header + body).ljust(size, b"\0"))
 
@@ -54,7 +54,7 @@ class Client:
         frame = self.socket.recv()
         magic, major, _minor, kind, _flags, length, _zero = struct.unpack_from("<4sBBBBII", frame)
         fields: list = msgpack.decode(frame[16 : 16 + length])  # type: ignore[type-arg]
-        assert (magic, major) == (b"SPEG", 1) and kind in numbers, fields
+        assert (magic, major) == (b"SPEG", 2) and kind in numbers, fields
         self.kind = kind
         return fields
 
@@ -79,16 +79,13 @@ class Client:
 
     def verdicts(self) -> int:
         """What awaits its verdict; one without tokens says only that the server lives."""
-        (tokens, parents, run_until), before = self.sent, len(self.text)
+        run_until, before = self.sent[2], len(self.text)
         while True:
-            _, number, base, row, ids, _, finish, *_ = self.receive(VERDICT)
+            _, number, base, ids, _, finish, *_ = self.receive(VERDICT)
             if (number, base) != (self.round, len(self.text)):
                 assert self.lost
                 continue
-            path = []
-            while row:
-                path, row = [tokens[row - 1], *path], parents[row - 1]
-            self.text += path + list(struct.unpack(f"<{len(ids) // 4}I", ids))
+            self.text += list(struct.unpack(f"<{len(ids) // 4}I", ids))
             if finish or before < len(self.text) >= run_until:
                 return finish
 

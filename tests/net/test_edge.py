@@ -100,7 +100,7 @@ def verdict(fake: Fake, m: Draft, count: int = 1, **changes: object) -> Verdict:
     base = int(changes.get("base", m.base))  # type: ignore[call-overload]
     finish = wire.FINISH.index("length") if base + count >= fake.ends[m.session] else 0
     fields = {
-        "session": m.session, "round": m.round, "base": base, "row": 0, "tokens": pack_ids(truth(base, count)), "verified": 1, "finish": finish,
+        "session": m.session, "round": m.round, "base": base, "tokens": pack_ids(truth(base, count)), "verified": 1, "finish": finish,
         "row_budget": 255, "queue_us": 0, "verify_us": 0,
     }  # fmt: skip
     return Verdict(**{**fields, **changes})
@@ -192,7 +192,7 @@ def test_another_service(impatient: None, says: bytes) -> None:
             s.close()
 
 
-NEWER = bytes(encode(WELCOME)[:4]) + b"\2" + bytes(encode(WELCOME)[5:])
+NEWER = bytes(encode(WELCOME)[:4]) + b"\3" + bytes(encode(WELCOME)[5:])
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ NEWER = bytes(encode(WELCOME)[:4]) + b"\2" + bytes(encode(WELCOME)[5:])
     [
         ([Error(wire.NO_SESSION, "tokenizer", "use another draft")], "the server at specedge://[0-9.:]+ refuses: use another draft", "tokenizer"),
         ([bytes(512)], "does not speak this protocol: the frame does not begin with SPEG", "protocol"),
-        ([NEWER], "does not speak this protocol: protocol version 2 is spoken there", "protocol"),
+        ([NEWER], "does not speak this protocol: protocol version 3 is spoken there", "protocol"),
         ([wire.Busy(bytes(16), 100, "too many are here")], "the server at specedge://[0-9.:]+ is busy: too many are here", ""),
     ],
     ids=["refused", "stranger", "newer", "busy"],
@@ -301,8 +301,6 @@ def test_a_long_prompt_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 # what a server should not say
 
 LIES: dict[str, Callable[[Fake, Draft], dict[str, object]]] = {
-    "a row outside the tree": lambda fake, m: {"row": len(m.parents) + 1},
-    "the highest row": lambda fake, m: {"row": 255},
     "too many tokens": lambda fake, m: {"tokens": pack_ids([1] * 11)},
     "far too many tokens": lambda fake, m: {"tokens": pack_ids([1] * 16_000)},
     "an id outside the vocabulary": lambda fake, m: {"tokens": pack_ids([VOCAB])},
@@ -406,7 +404,7 @@ def test_a_round_is_sent_again(hasty: None, draft: Drafter) -> None:
     assert done.token_ids == truth(3, 4) and done.speculation.rounds == 4
     assert sorted(asked) == [1, 2, 3, 4]
     assert all(len(same) >= 3 and all(m == same[0] for m in same) for same in asked.values())
-    assert done.speculation.bytes_up == 512 * (1 + sum(map(len, asked.values())))
+    assert done.speculation.bytes_up == 512 * (1 + sum(map(len, asked.values())) + len(fake.of(wire.Grown)))
 
 
 def test_a_gap_in_a_stream_closes(hasty: None) -> None:
@@ -450,7 +448,7 @@ def test_patience_ends(hasty: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("why", ["a lie", "silence"])
 def test_a_text_that_is_given_up_is_cancelled(hasty: None, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     monkeypatch.setattr(rounds_module, "PATIENCE", 0.1)
-    with Fake(silent if why == "silence" else lambda fake, m: [verdict(fake, m, row=9)]) as fake, Edge(fake.address) as edge:
+    with Fake(silent if why == "silence" else lambda fake, m: [verdict(fake, m, tokens=b"", finish=1)]) as fake, Edge(fake.address) as edge:
         with pytest.raises(ServerError):
             edge.generate([[1]], TEN)
         with pytest.raises(ServerError):
@@ -635,7 +633,7 @@ def test_an_edge_believes_what_the_server_says_of_its_rows(draft: Drafter, monke
         monkeypatch.setattr(draft, "pace", Pace())
         monkeypatch.setattr(draft, "_rounds", 0)  # those of this test are not for the others'
         seen = list[Served | None]()
-        monkeypatch.setattr(draft, "verdict", lambda *a, inner=draft.verdict, seen=seen: (seen.append(a[3]), inner(*a))[1])
+        monkeypatch.setattr(draft, "verdict", lambda *a, inner=draft.verdict, seen=seen: (seen.append(a[2]), inner(*a))[1])
         with Fake(crowded, (welcome,)) as fake, Edge(fake.address, draft) as edge:
             known = draft.pace.verify
             assert known.confident == (welcome.pass_us > 0)
@@ -740,19 +738,18 @@ def test_the_server_goes_on_while_the_edge_draws_breath(server: Server, oracle: 
     assert asked[False] >= rounds[False] and asked[True] < rounds[True] / 2, (asked, rounds)
 
 
-@pytest.mark.parametrize("takes", [0, 1])
-def test_only_a_server_that_takes_it_is_told_what_grows(tmp_path: Path, takes: int) -> None:
-    """An older one would not know the message."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_server_is_told_what_grows(tmp_path: Path, ahead: bool) -> None:
 
     def slow(fake: Fake, m: Draft) -> Iterator[Answer]:
         time.sleep(0.03)
         return honest(fake, m)
 
-    draft = drafter(random_model(tmp_path, 1, vocab_size=VOCAB), DraftConfig(tree_size=9, autopilot=False))
-    with Fake(slow, [msgspec.structs.replace(WELCOME, ahead=takes)]) as fake, Edge(fake.address, draft) as edge:
+    draft = drafter(random_model(tmp_path, 1, vocab_size=VOCAB), DraftConfig(tree_size=9, autopilot=False, ahead=ahead))
+    with Fake(slow) as fake, Edge(fake.address, draft) as edge:
         (done,) = background(edge.generate, [[1, 2, 3]], SamplingParams(max_tokens=10)).result(PATIENCE)
     assert done.token_ids == truth(3)
-    assert {m.ahead for m in fake.of(Draft) if isinstance(m, Draft)} == {9 * takes} and bool(fake.of(wire.Grown)) == bool(takes)
+    assert {m.ahead for m in fake.of(Draft) if isinstance(m, Draft)} == {9 * ahead} and bool(fake.of(wire.Grown)) == ahead
 
 
 def test_an_edge_has_many_callers(server: Server, oracle: Engine, model: Path) -> None:

@@ -145,7 +145,7 @@ def test_a_session_goes_over_to_the_connection_that_resumes_it(desk: Desk) -> No
     assert desk.say(Resume(X), AGAIN) == [Resumed(X, len(PROMPT), 1)]
     assert desk.say(drafting(X, 1), AGAIN)[0].tokens == b"", "a sign of life"  # type: ignore[attr-defined]
     ((peer, verdict),) = desk.step()
-    assert peer == AGAIN and isinstance(verdict, Verdict) and verdict.row == 4
+    assert peer == AGAIN and isinstance(verdict, Verdict) and len(verdict.tokens) == 4 * 3
     assert desk.say(drafting(X, 1), AGAIN) == [msgspec.structs.replace(verdict, verified=0, rows=0)]
     refused(desk.say(drafting(X, 2, len(PROMPT) + 3)), "session", X, 2)
     refused(desk.say(Prompt(X, 0, b"")), "session")

@@ -366,7 +366,7 @@ def test_what_the_doctor_finds(model: Path) -> None:
         (found,) = examine(address)
         assert (found.check, found.ok) == ("connection", False) and words in found.text
     newer = wire.encode(WELCOME)
-    with Fake(silent, [newer[:4] + b"\2" + newer[5:]]) as fake:
+    with Fake(silent, [newer[:4] + b"\3" + newer[5:]]) as fake:
         (found,) = examine(fake.address)
         assert (found.check, found.ok) == ("version", False) and "update the older side" in found.text
     with Fake(silent, [WELCOME, GoAway(1000)]) as fake:

@@ -77,8 +77,8 @@ def opened() -> Iterator[Rounds]:
     yield r
 
 
-def verdict(r: Rounds, number: int = 1, base: int = 3, row: int = 0, tokens: tuple[int, ...] = (9,)) -> Verdict:
-    return Verdict(r.id, number, base, row, pack_ids(list(tokens)), 1, 0, 31, 0, 0)
+def verdict(r: Rounds, number: int = 1, base: int = 3, tokens: tuple[int, ...] = (9,)) -> Verdict:
+    return Verdict(r.id, number, base, pack_ids(list(tokens)), 3, 0, 31, 0, 0)
 
 
 def kinds(r: Rounds, now: float) -> list[type[Message]]:
@@ -96,8 +96,8 @@ def test_a_round_survives_a_reconnect(opened: Rounds) -> None:
     assert opened.speak(5.0, LEASE) == [Resume(opened.id)] == opened.speak(5.0 + RESEND, LEASE)
     opened.take(Resumed(opened.id, 3, 0), 9.0)
     assert opened.speak(9.0, LEASE) == [Draft(opened.id, 1, 3, pack_ids([5, 6]), bytes([0, 1]), 0)]
-    step = opened.take(verdict(opened, row=2), 9.5)
-    assert step is not None and (step.row, step.path, step.tokens, step.finish, step.nodes) == (2, [5, 6], [9], "", 2)
+    step = opened.take(verdict(opened, tokens=(5, 6, 9)), 9.5)
+    assert step is not None and (step.tokens, step.accepted, step.finish, step.nodes) == ([5, 6, 9], 2, "", 2)
     assert opened.tokens == [1, 2, 3, 5, 6, 9]
 
 
@@ -292,19 +292,38 @@ def test_the_server_decodes_for_a_while(models: tuple[Engine, Engine]) -> None:
 
 
 def test_a_round_that_the_server_has_begun(opened: Rounds) -> None:
-    """It is awaited like one that was asked for, its verdict names all tokens, and when it is late the same is asked again."""
+    """It is awaited like one that was asked for, and when its verdict is late the same is asked again."""
     opened.ahead = 31
-    step = opened.take(replace(verdict(opened, row=2), next=2, since=1, nodes=7), 1.0)
-    assert step is not None and (step.path, step.tokens, step.ahead, step.anew) == ([5, 6], [9], 7, False)
+    step = opened.take(replace(verdict(opened, tokens=(5, 6, 9)), next=2, since=1, nodes=7), 1.0)
+    assert step is not None and (step.tokens, step.accepted, step.ahead, step.anew) == ([5, 6, 9], 2, 7, False)
     assert (opened.round, opened.since, opened.tells) == (2, 1, True) and opened.speak(1.0, LEASE) == []
     assert opened.grown(3, [(8, 2, 10), (9, 3, 255)]) == Grown(opened.id, 1, 3, pack_ids([8, 9]), bytes([2, 0, 3, 0]), bytes([10, 255]))
     assert opened.speak(1.0 + RESEND, LEASE) == [Draft(opened.id, 2, 6, b"", b"", 0, 31)]
     step = opened.take(replace(verdict(opened, 2, 6, tokens=(8, 4)), next=3, since=3), 5.0)
-    assert step is not None and (step.path, step.tokens, step.nodes, step.ahead, step.anew) == ([8], [4], 7, 0, True)
+    assert step is not None and (step.tokens, step.accepted, step.nodes, step.ahead, step.anew) == ([8, 4], 1, 7, 0, True)
     step = opened.take(verdict(opened, 3, 8), 6.0)
     assert step is not None and step.ahead is None and opened.sent is None and not opened.tells
     opened.offer(EMPTY, 0, 6.0)
     assert (opened.round, opened.since) == (4, 4) and opened.tokens == [1, 2, 3, 5, 6, 9, 8, 4, 9]
+
+
+def test_a_round_that_the_server_has_begun_late(opened: Rounds) -> None:
+    """After the verdict before said that it waits: the answer is taken before a tree was sent, is awaited no more, and later ones are waited for."""
+    opened.ahead = 31
+    opened.take(verdict(opened), 1.0)
+    assert opened.sent is None
+    for wrong in (verdict(opened, 3, 4), verdict(opened, 2, 5), replace(verdict(opened, 2, 4), verified=0)):
+        assert opened.take(wrong, 1.5) is None
+    step = opened.take(replace(verdict(opened, 2, 4, (7, 8)), next=3, since=3), 2.0)
+    assert step is not None and (step.tokens, step.accepted, step.nodes, step.ahead, step.anew) == ([7, 8], 1, 2, 0, True)
+    assert (opened.round, opened.tokens, opened.tells) == (3, [1, 2, 3, 9, 7, 8], True) and opened.next == 2.0 + RESEND
+    opened.take(verdict(opened, 3, 6), 3.0)
+    assert opened.sent is None
+    opened.take(verdict(opened, 4, 7), 4.0)
+    opened.ahead = 0
+    assert opened.take(verdict(opened, 5, 8), 5.0) is None, "nobody asked for it"
+    opened.offer(EMPTY, 0, 5.0)
+    assert (opened.round, opened.since) == (5, 5)
 
 
 def test_verdicts_that_were_lost_while_the_server_went_on(opened: Rounds) -> None:
@@ -315,7 +334,7 @@ def test_verdicts_that_were_lost_while_the_server_went_on(opened: Rounds) -> Non
     opened.take(Resumed(opened.id, 9, 4), 6.0)
     assert kinds(opened, 6.0) == [Draft]
     step = opened.take(replace(verdict(opened, tokens=(5, 6, 9, 8)), verified=0, next=4, since=4), 7.0)
-    assert step is not None and (step.path, step.tokens, step.ahead, step.anew) == ([], [5, 6, 9, 8], 0, True)
+    assert step is not None and (step.tokens, step.accepted, step.ahead, step.anew) == ([5, 6, 9, 8], 0, 0, True)
     assert (opened.round, opened.tokens) == (4, [1, 2, 3, 5, 6, 9, 8])
 
 

@@ -140,7 +140,7 @@ class Raw:
         ids: list[int] = []
         while True:
             m = self.receive()
-            assert isinstance(m, Verdict) and (m.session, m.round, m.base, m.row) == (session, number, base + len(ids), 0)
+            assert isinstance(m, Verdict) and (m.session, m.round, m.base) == (session, number, base + len(ids))
             ids += unpack_ids(m.tokens).tolist()
             if m.finish:
                 return ids
@@ -274,7 +274,7 @@ def test_right_frames_of_wrong_types(oracle: Engine, server: Server) -> None:
     """What only servers say, and what needs a session: an ERROR with a sentence for each; CANCEL and CLOSE of nothing are not answered."""
     only_servers: list[Message] = [
         Welcome("b", b"", b"", 1, [], wire.Limits(1, 1, 1), 1, wire.Load(0, 0, 0)), Opened(X, 1),
-        Verdict(X, 1, 1, 0, b"", 0, 0, 0, 0, 0), Error(X, "code", "text")
+        Verdict(X, 1, 1, b"", 0, 0, 0, 0, 0), Error(X, "code", "text")
     ]  # fmt: skip
     need_session: list[Message] = [Draft(X, 1, 1, b"", b""), Prompt(X, 0, b"")]
     with honest_edge(server, oracle), Raw(server, hello=False) as raw:

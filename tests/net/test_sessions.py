@@ -73,7 +73,6 @@ class Desk:
     sessions: Sessions
     now: float = 100.0
     texts: dict[bytes, list[int]] = field(default_factory=dict)
-    trees: dict[bytes, TokenTree] = field(default_factory=dict)
     known: ClassVar[dict[str, list[int]]] = {}
 
     def say(self, message: Message, peer: Peer = ADA) -> list[Message]:
@@ -97,7 +96,6 @@ class Desk:
         self, session: bytes = X, number: int = 1, tree: TokenTree = EMPTY, *, base: int = -1, until: int = 0, peer: Peer = ADA
     ) -> list[Message]:  # fmt: skip
         """Send a round, on the end of the text unless told otherwise."""
-        self.trees[session] = tree
         base = len(self.texts[session]) if base < 0 else base
         return self.say(Draft(session, number, base, pack_ids(tree.tokens), tree.parents.tobytes(), until), peer)
 
@@ -117,8 +115,7 @@ class Desk:
     def take(self, m: Verdict) -> None:
         text = self.texts[m.session]
         assert m.base == len(text)
-        tree = self.trees[m.session]
-        text += [int(tree.tokens[r - 1]) for r in tree.path(m.row)] + unpack_ids(m.tokens).tolist()
+        text += unpack_ids(m.tokens).tolist()
 
     def finish(self, session: bytes = X, number: int = 1, peer: Peer = ADA) -> list[int]:
         """Run a session alone to its end; returns its output."""
@@ -180,7 +177,7 @@ def likely(ids: list[int]) -> TokenTree:
 # HELLO
 
 
-FIRST = [opening(), Prompt(X, 0, b""), drafting(), Cancel(X), Close(X), Verdict(X, 1, 1, 0, b"", 0, 0, 0, 0, 0), Error(X, "code", "text")]
+FIRST = [opening(), Prompt(X, 0, b""), drafting(), Cancel(X), Close(X), Verdict(X, 1, 1, b"", 0, 0, 0, 0, 0), Error(X, "code", "text")]
 
 
 @pytest.mark.parametrize("message", FIRST, ids=lambda m: type(m).__name__)
@@ -197,7 +194,7 @@ def test_welcome_says_what_is_served(desk: Desk, monkeypatch: pytest.MonkeyPatch
     (welcome,) = desk.say(Hello("test", b""))
     assert isinstance(welcome, Welcome) and welcome.build.startswith("specedge ")
     limits = wire.Limits(MAX_NODES, CONTEXT, 256)
-    assert welcome == Welcome(welcome.build, MODEL, b"", VOCAB, [5, 104], limits, 600_000, wire.Load(0, 1024, 1024), ahead=1)
+    assert welcome == Welcome(welcome.build, MODEL, b"", VOCAB, [5, 104], limits, 600_000, wire.Load(0, 1024, 1024))
     assert desk.say(Hello("again", b"")) == [welcome]
 
 
@@ -267,7 +264,7 @@ def test_a_round_may_follow_at_once(desk: Desk) -> None:
     assert desk.draft(X, 1, likely(ids[:3])) == []
     assert [desk.step(), desk.step()] == [[], []]
     (verdict,) = desk.run()
-    assert (verdict.base, verdict.row, unpack_ids(verdict.tokens).tolist(), verdict.finish) == (100, 6, [ids[3]], 0)
+    assert (verdict.base, unpack_ids(verdict.tokens).tolist(), verdict.finish) == (100, ids[:4], 0)
     assert desk.texts[X] == tokens + ids[:4]
 
 
@@ -310,8 +307,7 @@ def test_rounds_rise_by_one(desk: Desk) -> None:
     assert desk.draft(X, 1, likely(ids[:2])) == []
     for wrong in (0, 2, 3):  # 2 would be the next, but round 1 is in flight
         refused(desk.draft(X, wrong), "round", X, wrong)
-    desk.trees[X] = likely(ids[:2])
-    assert [m.row for m in desk.run()] == [4]
+    assert [unpack_ids(m.tokens).tolist() for m in desk.run()] == [ids[:3]]
     assert desk.draft(X, 2) == []
     desk.run()
     for wrong in (0, 1, 4):
@@ -321,7 +317,7 @@ def test_rounds_rise_by_one(desk: Desk) -> None:
 
 def nothing_new(number: int, base: int, finish: int = 0) -> Verdict:
     """A sign of life."""
-    return Verdict(X, number, base, 0, b"", 0, finish, MAX_NODES, 0, 0)
+    return Verdict(X, number, base, b"", 0, finish, MAX_NODES, 0, 0)
 
 
 def test_a_repeat_in_flight_brings_a_sign_of_life(desk: Desk) -> None:
@@ -331,9 +327,8 @@ def test_a_repeat_in_flight_brings_a_sign_of_life(desk: Desk) -> None:
     assert desk.draft(X, 1, likely(ids[:2])) == []
     for tree in (likely(ids[:2]), EMPTY, likely([ids[0]])):
         assert desk.draft(X, 1, tree) == [nothing_new(1, len(PROMPT))]
-    desk.trees[X] = likely(ids[:2])
     (verdict,) = desk.run()
-    assert verdict.row == 4 and desk.texts[X] == PROMPT + ids[:3]
+    assert verdict.verified == len(PROMPT) + 4 and desk.texts[X] == PROMPT + ids[:3]
 
 
 def test_a_repeat_is_answered_by_the_same_verdict(desk: Desk) -> None:
@@ -342,18 +337,18 @@ def test_a_repeat_is_answered_by_the_same_verdict(desk: Desk) -> None:
     desk.open(max_tokens=4)
     desk.draft(X, 1, likely(ids[:1]))
     (first,) = desk.run()
-    assert (first.row, first.verified, first.finish) == (2, len(PROMPT) + 2, 0)
+    assert (unpack_ids(first.tokens).tolist(), first.verified, first.finish) == (ids[:2], len(PROMPT) + 2, 0)
     for tree in (likely(ids[:1]), EMPTY, make_tree([200], [9])):
         assert desk.draft(X, 1, tree, base=first.base) == [replace_verdict(first, verified=0)]
     (rest,) = desk.draft(X, 1, base=first.base + 1)
-    assert rest == replace_verdict(first, base=first.base + 1, row=0, tokens=pack_ids(ids[1:2]), verified=0)
+    assert rest == replace_verdict(first, base=first.base + 1, tokens=pack_ids(ids[1:2]), verified=0)
     assert desk.draft(X, 1, base=first.base + 2) == [nothing_new(1, first.base + 2)]
     refused(desk.draft(X, 1, base=first.base + 3), "base", X, 1)
     desk.draft(X, 2, likely(ids[2:4]))
     (last,) = desk.run()
     assert last.finish == wire.FINISH.index("length") and desk.texts[X] == PROMPT + ids[:4]
     assert desk.draft(X, 2, base=last.base) == [replace_verdict(last, verified=0)]
-    assert desk.draft(X, 2, base=last.base + 1) == [replace_verdict(last, base=last.base + 1, row=0, tokens=pack_ids(ids[3:4]), verified=0)]
+    assert desk.draft(X, 2, base=last.base + 1) == [replace_verdict(last, base=last.base + 1, tokens=pack_ids(ids[3:4]), verified=0)]
     assert not desk.engine.busy
 
 
@@ -373,7 +368,7 @@ def test_a_repeat_while_the_server_decodes_alone(desk: Desk) -> None:
     assert desk.draft(X, 1, base=len(PROMPT) + 6) == [nothing_new(1, len(PROMPT) + 6)]
     for have in (0, 1, 3):
         (m,) = desk.draft(X, 1, base=len(PROMPT) + have)
-        assert isinstance(m, Verdict) and (m.round, m.base, m.row, m.finish) == (1, len(PROMPT) + have, 0, 0)
+        assert isinstance(m, Verdict) and (m.round, m.base, m.finish) == (1, len(PROMPT) + have, 0)
         assert unpack_ids(m.tokens).tolist() == (ids[have:6] if have else ids[:1])  # the first base had a verdict, which comes again
     desk.texts[X] += ids[:6]
     assert [m.base for m in desk.run()] == [len(PROMPT) + i for i in range(6, 12)]
@@ -389,7 +384,7 @@ def test_a_client_that_is_behind_catches_up(desk: Desk, monkeypatch: pytest.Monk
     got: list[int] = []
     for number, have in enumerate((0, 5, 10), 2):
         (m,) = desk.draft(X, number, likely(ids[have : have + 2]), base=len(PROMPT) + have)
-        assert isinstance(m, Verdict) and (m.round, m.base, m.row, m.verified) == (number, len(PROMPT) + have, 0, 0)
+        assert isinstance(m, Verdict) and (m.round, m.base, m.verified) == (number, len(PROMPT) + have, 0)
         assert wire.FINISH[m.finish] == ("length" if have == 10 else "")
         got += unpack_ids(m.tokens).tolist()
     assert got == ids and not desk.engine.busy
@@ -410,7 +405,7 @@ def test_a_new_round_replaces_run_until(desk: Desk) -> None:
     ids = desk.ids()
     desk.open()
     desk.draft(X, 1, until=len(PROMPT) + 4)
-    assert [(m.round, m.base, m.row) for m in desk.run()] == [(1, len(PROMPT) + i, 0) for i in range(4)]
+    assert [(m.round, m.base) for m in desk.run()] == [(1, len(PROMPT) + i) for i in range(4)]
     desk.draft(X, 2, likely(ids[4:6]), until=CONTEXT)
     desk.step()  # brings ids[4:7]; from here on the server is alone
     for _ in range(2):
@@ -459,7 +454,7 @@ def test_rows_of_a_verdict(desk: Desk) -> None:
 def growing(desk: Desk, ids: list[int], right: int = 2) -> None:
     """A session whose first tree has the first `right` of `ids`, each behind a wrong guess, and goes on growing."""
     desk.open()
-    desk.trees[X] = tree = likely(ids[:right])
+    tree = likely(ids[:right])
     assert desk.say(Draft(X, 1, len(PROMPT), pack_ids(tree.tokens), tree.parents.tobytes(), 0, MAX_NODES)) == []
 
 
@@ -470,17 +465,17 @@ def grown(ids: list[int], first: int = 5, parent: int = 4, since: int = 1) -> Gr
 
 
 def test_the_server_goes_on_with_what_has_grown(desk: Desk) -> None:
-    """Without another DRAFT, to the end of the chain; the verdicts name all tokens."""
+    """Without another DRAFT, to the end of the chain."""
     ids = desk.ids()
     growing(desk, ids)
     assert desk.say(grown(ids[2:5])) == [] and desk.say(grown(ids[5:9], 8, 7)) == []
     ((_, first),) = desk.step()
-    assert isinstance(first, Verdict) and (first.row, unpack_ids(first.tokens).tolist()) == (4, ids[2:3])
+    assert isinstance(first, Verdict) and unpack_ids(first.tokens).tolist() == ids[:3]
     assert (first.round, first.next, first.since, first.nodes) == (1, 2, 1, 6) and desk.engine.busy
     desk.take(first)
     refused(desk.draft(X, 3), "round", number=3)
     ((_, second),) = desk.step()
-    assert isinstance(second, Verdict) and (second.round, second.row, second.next) == (2, 0, 0) and not desk.engine.busy
+    assert isinstance(second, Verdict) and (second.round, second.next) == (2, 0) and not desk.engine.busy
     assert unpack_ids(second.tokens).tolist() == ids[3:10] and second.verified == 7
     desk.take(second)
     assert desk.finish(X, 3) == ids[10:] and desk.texts[X] == PROMPT + ids
@@ -502,7 +497,7 @@ def test_nodes_may_come_while_the_server_is_ahead(desk: Desk) -> None:
 
 
 def test_beside_others_a_round_begins_with_the_root_alone(desk: Desk) -> None:
-    """Then nodes are numbered from there on; and not twice."""
+    """Then nodes are numbered from there on; and not three times in a row."""
     ids = desk.ids()
     growing(desk, ids)
     desk.open(Y, peer=BOB)
@@ -512,11 +507,89 @@ def test_beside_others_a_round_begins_with_the_root_alone(desk: Desk) -> None:
     assert desk.say(grown(ids[3:5])) == [], "that was of the numbers before"
     assert desk.say(grown(ids[3:6], 1, 0, since=2)) == []
     verdicts = [m for p, m in desk.step() if p == ADA]
-    assert [(m.row, unpack_ids(m.tokens).tolist(), m.next, m.since, m.nodes) for m in verdicts if isinstance(m, Verdict)] == [(0, ids[3:4], 3, 2, 2)]
+    assert [(unpack_ids(m.tokens).tolist(), m.next, m.since, m.nodes) for m in verdicts if isinstance(m, Verdict)] == [(ids[3:4], 3, 2, 2)]
     verdicts = [m for p, m in desk.step() if p == ADA]
     assert [(unpack_ids(m.tokens).tolist(), m.next, m.nodes) for m in verdicts if isinstance(m, Verdict)] == [(ids[4:7], 4, 0)]
     verdicts = [m for p, m in desk.step() if p == ADA]
-    assert [(unpack_ids(m.tokens).tolist(), m.next) for m in verdicts if isinstance(m, Verdict)] == [(ids[7:8], 0)]
+    assert [(unpack_ids(m.tokens).tolist(), m.next, m.since) for m in verdicts if isinstance(m, Verdict)] == [(ids[7:8], 5, 5)]
+    verdicts = [m for p, m in desk.step() if p == ADA]
+    assert [(unpack_ids(m.tokens).tolist(), m.next) for m in verdicts if isinstance(m, Verdict)] == [(ids[8:9], 0)]
+
+
+def behind(desk: Desk, ids: list[int]) -> None:
+    """A session whose verdict was not foreseen, though the nodes were on their way."""
+    growing(desk, ids)
+    ((_, first),) = desk.step()
+    assert isinstance(first, Verdict) and first.next == 0 and not desk.engine.busy
+    desk.take(first)
+    refused(desk.draft(X, 3), "round", number=3)
+
+
+def test_a_root_that_was_on_its_way(desk: Desk) -> None:
+    """The round begins with what has come by then, the DRAFT that was asked for takes its place, and the next is the one behind that."""
+    ids = desk.ids()
+    behind(desk, ids)
+    assert desk.say(grown(ids[2:3])) == [] and not desk.engine.busy, "of the root alone there is nothing to verify"
+    assert desk.say(grown(ids[3:5], 6, 5)) == [] and desk.engine.busy
+    assert desk.say(wire.Resume(X)) == [wire.Resumed(X, len(PROMPT) + 3, 2)]
+    tree = likely(ids[3:6])
+    late = Draft(X, 2, len(PROMPT) + 3, pack_ids(tree.tokens), tree.parents.tobytes(), 0, MAX_NODES)
+    assert desk.say(late) == [] and desk.say(grown(ids[6:8], 7, 6, since=2)) == []
+    (life,) = desk.say(late)
+    assert isinstance(life, Verdict) and (life.tokens, life.next) == (b"", 0), "now it is there"
+    ((_, second),) = desk.step()
+    assert isinstance(second, Verdict) and unpack_ids(second.tokens).tolist() == ids[3:7]
+    assert (second.round, second.verified, second.next, second.since, second.nodes) == (2, 7, 3, 2, 1)
+
+
+def test_a_tree_that_comes_too_late(desk: Desk) -> None:
+    """While another is verified in its place it says how nodes are numbered; after the verdict it is a repeat."""
+    ids = desk.ids()
+    behind(desk, ids)
+    desk.say(grown(ids[2:5]))
+    tree = likely(ids[3:6])
+    late = Draft(X, 2, len(PROMPT) + 3, pack_ids(tree.tokens), tree.parents.tobytes(), 0, MAX_NODES)
+    found = desk.engine.step()
+    assert desk.say(late) == [] and desk.say(grown(ids[6:8], 7, 6, since=2)) == []
+    ((_, second),) = desk.sessions.verdicts(found, desk.now, 0.0)
+    assert isinstance(second, Verdict) and unpack_ids(second.tokens).tolist() == ids[3:6] and (second.verified, second.next) == (3, 3)
+    assert (second.since, second.nodes) == (2, 2)
+    assert desk.say(late) == [replace_verdict(second, verified=0)]
+
+
+def test_a_round_that_began_late_and_was_foreseen(desk: Desk) -> None:
+    """Its edge, which was asked for a tree, numbers its nodes anew; one that has missed the verdict is told all the same."""
+    ids = desk.ids()
+    behind(desk, ids)
+    desk.say(grown(ids[2:5]))
+    desk.say(grown(ids[5:8], 8, 7))
+    (told,) = desk.draft(X, 1, base=len(PROMPT))
+    assert isinstance(told, Verdict) and (unpack_ids(told.tokens).tolist(), told.next) == (ids[:3], 0), "as it was said before"
+    ((_, second),) = desk.step()
+    assert isinstance(second, Verdict) and unpack_ids(second.tokens).tolist() == ids[3:6]
+    assert (second.next, second.since, second.nodes) == (3, 3, 2)
+    desk.take(second)
+    assert desk.say(grown(ids[6:9], 1, 0, since=3)) == []
+    ((_, third),) = desk.step()
+    assert isinstance(third, Verdict) and (unpack_ids(third.tokens).tolist(), third.next) == (ids[6:9], 0)
+
+
+def test_a_late_round_may_be_left_to_the_server(desk: Desk) -> None:
+    """The edge, which knows nothing of it, asks for a stream."""
+    ids = desk.ids()
+    behind(desk, ids)
+    desk.say(grown(ids[2:5]))
+    assert desk.draft(X, 2, until=CONTEXT) == []
+    assert {m.round for m in desk.run()} == {2} and desk.texts[X] == PROMPT + ids
+
+
+def test_nobody_who_has_to_take_turns_begins_late(desk: Desk) -> None:
+    desk.sessions.quota = lambda _: Quota(in_flight=1)
+    desk.hello(ADA)
+    desk.open(Y)
+    ids = desk.ids()
+    behind(desk, ids)
+    assert desk.say(grown(ids[2:5])) == [] and not desk.engine.busy
 
 
 def test_an_edge_that_missed_verdicts_is_told_all(desk: Desk) -> None:
@@ -534,7 +607,7 @@ def test_an_edge_that_missed_verdicts_is_told_all(desk: Desk) -> None:
     assert desk.draft(X, 2, base=len(PROMPT) + 3) == [replace_verdict(second, verified=0, rows=0)]
     for number in (1, 2):
         (told,) = desk.draft(X, number, base=len(PROMPT))
-        assert isinstance(told, Verdict) and (told.round, told.base, told.row, told.next) == (number, len(PROMPT), 0, 0)
+        assert isinstance(told, Verdict) and (told.round, told.base, told.next) == (number, len(PROMPT), 0)
         assert unpack_ids(told.tokens).tolist() == ids[:7]
     assert desk.say(wire.Resume(X)) == [wire.Resumed(X, len(PROMPT) + 7, 2)]
     desk.texts[X] += ids[:7]
@@ -547,7 +620,7 @@ def test_a_sign_of_life_says_where_the_server_is(desk: Desk) -> None:
     """Of a round that was asked for, nothing; of one that was not, its number, and how large its tree is."""
     ids = desk.ids()
     growing(desk, ids)
-    (life,) = desk.draft(tree=desk.trees[X])
+    (life,) = desk.draft()
     assert isinstance(life, Verdict) and (life.tokens, life.next, life.since, life.nodes) == (b"", 0, 0, 0)
     desk.say(grown(ids[2:6]))
     desk.step()
@@ -635,7 +708,7 @@ FAULTS: dict[str, tuple[str, list[Message], list[Message]]] = {  # name: (code, 
     "half a token in OPEN": ("frame", [], [opening(first=b"\1\0\0\0\2")]),
     "half a token in PROMPT": ("frame", [opening(first=b"")], [Prompt(X, 0, b"\1\0\0")]),
     "OPENED": ("frame", [opening()], [Opened(X, 3)]),
-    "VERDICT": ("frame", [opening()], [Verdict(X, 0, 1, 0, b"", 0, 0, 0, 0, 0)]),
+    "VERDICT": ("frame", [opening()], [Verdict(X, 0, 1, b"", 0, 0, 0, 0, 0)]),
     "ERROR": ("frame", [opening()], [Error(X, "code", "a text that is long enough")]),
     "PROMPT unknown": ("session", [], [Prompt(X, 0, b"")]),
     "DRAFT unknown": ("session", [], [drafting()]),
@@ -655,7 +728,7 @@ def test_a_fault_ends_its_session_alone(desk: Desk, name: str) -> None:
     refused(desk.say(wrong), code, X, getattr(wrong, "round", 0))
     assert len(desk.sessions) == 1
     refused(desk.say(drafting()), "session", X, 1)
-    assert [m.row for m in desk.run()] == [4]
+    assert [unpack_ids(m.tokens).tolist() for m in desk.run()] == [desk.ids()[:3]]
     assert desk.finish(Y, 2) == desk.ids()[3:]
     desk.say(Close(Y))
     check_empty(desk.engine)
@@ -911,7 +984,7 @@ def test_sessions_belong_to_their_peer(desk: Desk) -> None:
     refused(desk.say(Prompt(X, 0, b""), BOB), "session")
     refused(desk.say(Opened(X, 1), BOB), "frame")
     assert desk.say(Cancel(X), BOB) == [] and desk.say(Close(X), BOB) == []
-    assert [(peer, m.row) for peer, m in desk.step() if isinstance(m, Verdict)] == [(ADA, 4)]
+    assert [(peer, unpack_ids(m.tokens).tolist()) for peer, m in desk.step() if isinstance(m, Verdict)] == [(ADA, ids[:3])]
     desk.texts[X] += ids[:3]
     other = wire.Sampling(0.8, 99)
     assert desk.say(opening(X, sampling=other), BOB) == [Opened(X, len(PROMPT))]
@@ -1068,10 +1141,9 @@ class Client:
     def take(self, m: Message) -> None:
         if isinstance(m, Error):
             assert m.code in ("round", "base"), m  # a late copy of an older round; everything else would be a fault of the server
-        if not isinstance(m, Verdict) or self.tree is None or m.round != self.round or m.base != len(self.text) or not (m.tokens or m.row):
+        if not isinstance(m, Verdict) or self.tree is None or m.round != self.round or m.base != len(self.text) or not m.tokens:
             return
-        tokens = unpack_ids(m.tokens).tolist()
-        self.text += [int(self.tree.tokens[r - 1]) for r in self.tree.path(m.row)] + tokens
+        self.text += unpack_ids(m.tokens).tolist()
         self.answered = True
         if len(self.text) >= self.until:
             self.tree = None

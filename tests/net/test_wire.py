@@ -1,6 +1,6 @@
-"""The wire: golden bytes of versions 1.0 to 1.3, round trips, the bounds of every field, and hostile frames.
+"""The wire: golden bytes of version 2.0, round trips, the bounds of every field, and hostile frames.
 
-`golden/1.0/*.hex` are frames that have been on the network: they are never made anew, a change that breaks them is a new version. The
+`golden/2.0/*.hex` are frames that have been on the network: they are never made anew, a change that breaks them is a new version. The
 tables below (MESSAGES, KINDS) repeat the protocol by hand, so that a changed bound or order of fields in wire.py fails here.
 FUZZ_FRAMES sets the number of fuzzed frames.
 """
@@ -55,7 +55,7 @@ from specedge.net.wire import (
 from specedge.tree import GROWN, TreeError
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = Path(__file__).parent / "golden" / "1.3"
+GOLDEN = Path(__file__).parent / "golden" / "2.0"
 FUZZ = int(os.environ.get("FUZZ_FRAMES", "20000"))
 SIZES = (512, 2048, 65536)
 SID = bytes(range(0xA0, 0xB0))
@@ -65,10 +65,10 @@ pack = msgspec.msgpack.encode
 MESSAGES: dict[str, tuple[type[Message], int, tuple[str, ...], int, Message]] = {
     "hello": (Hello, 1, ("text", "digest"), 2, Hello("specedge 0.1.0 é", bytes(range(32)))),
     "welcome": (
-        Welcome, 2, ("text", "digest", "digest", "u32", "eos", "limits", "u32", "load", "u32", "u32", "u16", "batch"), 8,
+        Welcome, 2, ("text", "digest", "digest", "u32", "eos", "limits", "u32", "load", "u32", "u32", "u16"), 8,
         Welcome(
             "specedge 0.1.0", bytes(range(32)), bytes(range(32, 64)), 151_936, [151_645, 2], Limits(63, 32_768, 100), 30_000,
-            Load(3, 900_000, 1_000_000), 82_000, 4_500_000, 9, 1,
+            Load(3, 900_000, 1_000_000), 82_000, 4_500_000, 9,
         ),
     ),
     "open": (
@@ -85,8 +85,8 @@ MESSAGES: dict[str, tuple[type[Message], int, tuple[str, ...], int, Message]] = 
         Draft(SID, 3, 300, pack_ids([9707, 11, 9707, 151_935]), bytes([0, 1, 1, 2]), 70_000, 31),
     ),
     "verdict": (
-        Verdict, 7, ("session", "u32", "u32", "u8", "tokens", "u16", "finish", "u8", "u32", "u32", "u16", "u32", "u32", "u8"), 10,
-        Verdict(SID, 3, 300, 2, pack_ids([9707]), 5, 0, 31, 250, 70_000, 300, 4, 3, 12),
+        Verdict, 7, ("session", "u32", "u32", "tokens", "u16", "finish", "u8", "u32", "u32", "u16", "u32", "u32", "u8"), 9,
+        Verdict(SID, 3, 300, pack_ids([9707, 11]), 5, 0, 31, 250, 70_000, 300, 4, 3, 12),
     ),
     "cancel": (Cancel, 8, ("session",), 1, Cancel(SID)),
     "close": (Close, 9, ("session",), 1, Close(SID)),
@@ -170,7 +170,7 @@ def content(message: Message) -> list[object]:
     return fields
 
 
-def raw(number: int, body: bytes, *, size: int = 0, length: int = -1, magic: bytes = b"SPEG", major: int = 1, minor: int = 0, flags: int = 0, zero: int = 0) -> bytes:  # fmt: skip # noqa: E501
+def raw(number: int, body: bytes, *, size: int = 0, length: int = -1, magic: bytes = b"SPEG", major: int = 2, minor: int = 0, flags: int = 0, zero: int = 0) -> bytes:  # fmt: skip # noqa: E501
     """A frame made by hand, well-formed unless told otherwise."""
     size = size or next(s for s in SIZES if s >= 16 + len(body))
     header = magic + bytes([major, minor, number, flags]) + struct.pack("<II", len(body) if length < 0 else length, zero)
@@ -197,27 +197,6 @@ def test_golden_bytes_both_ways(name: str) -> None:
     assert decode(stored) == message and type(decode(stored)) is type(message)
 
 
-LATER: dict[int, dict[type[Message], dict[str, int]]] = {  # fields that came with a minor version, and what frames before it mean
-    1: {Open: {"batch": 0}},
-    2: {Welcome: {"pass_us": 0, "row_ns": 0, "knee": 0}, Verdict: {"rows": 0}},
-    3: {Welcome: {"ahead": 0}, Draft: {"ahead": 0}, Verdict: {"next": 0, "since": 0, "nodes": 0}, Grown: {}},
-}
-
-
-@each_message
-@pytest.mark.parametrize("minor", [0, 1, 2])
-def test_frames_of_earlier_versions_are_understood(name: str, minor: int) -> None:
-    """They lack what came later, which has its default then."""
-    message = sample(name)
-    if any(came > minor and type(message) in fields and not fields[type(message)] for came, fields in LATER.items()):
-        pytest.skip("there was no such message")
-    stored = bytes.fromhex((GOLDEN.parent / f"1.{minor}" / f"{name}.hex").read_text())
-    for came, fields in LATER.items():
-        if came > minor:
-            message = msgspec.structs.replace(message, **fields.get(type(message), {}))
-    assert stored[5] == minor and decode(stored) == message
-
-
 def test_golden_frames_are_all_there() -> None:
     assert {p.stem for p in GOLDEN.glob("*.hex")} == set(MESSAGES)
     assert {kind: number for kind, number, *_ in MESSAGES.values()} == wire.TYPES, "a message type without a golden frame"
@@ -225,7 +204,7 @@ def test_golden_frames_are_all_there() -> None:
 
 
 def test_version_and_sizes() -> None:
-    assert (wire.MAGIC, wire.MAJOR, wire.SIZES, wire.HEADER.size) == (b"SPEG", 1, SIZES, 16)
+    assert (wire.MAGIC, wire.MAJOR, wire.SIZES, wire.HEADER.size) == (b"SPEG", 2, SIZES, 16)
     assert wire.CHUNK == 16_000 and wire.FINISH == ("", "stop", "length") and bytes(16) == wire.NO_SESSION
 
 
@@ -257,13 +236,13 @@ ANY_MESSAGE: dict[type[Message], st.SearchStrategy[Message]] = {
     Hello: st.builds(Hello, text, digest),
     Welcome: st.builds(
         Welcome, text, digest, digest, u32, st.lists(u32, max_size=64), st.builds(Limits, u8, u32, u32), u32, st.builds(Load, u32, u32, u32),
-        u32, u32, u16, st.integers(0, 1),
+        u32, u32, u16,
     ),
     Open: st.builds(Open, session, first_tokens, u32, u32, sampling, st.lists(u32, max_size=128), u32, u32, st.integers(0, 1)),
     Prompt: st.builds(Prompt, session, u32, tokens),
     Opened: st.builds(Opened, session, u32),
     Draft: st.builds(Draft, session, u32, u32, st.binary(max_size=1020), st.binary(max_size=255), u32, u8),
-    Verdict: st.builds(Verdict, session, u32, u32, u8, tokens, u16, st.integers(0, 2), u8, u32, u32, u16, u32, u32, u8),
+    Verdict: st.builds(Verdict, session, u32, u32, tokens, u16, st.integers(0, 2), u8, u32, u32, u16, u32, u32, u8),
     Cancel: st.builds(Cancel, session),
     Close: st.builds(Close, session),
     Lease: st.builds(Lease, session),
@@ -332,7 +311,7 @@ def test_a_usual_draft_fits_the_smallest_frame(nodes: int, most: int) -> None:
     (length,) = struct.unpack_from("<I", frame, 8)
     assert len(frame) == 512 and 5 * nodes < 16 + length <= most
     largest = (2**32 - 1, 2**32 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1, 255)
-    assert len(encode(Verdict(SID, 2**32 - 1, 2**32 - 1, 255, pack_ids([1, 2, 3]), 256, 2, 255, *largest))) == 512
+    assert len(encode(Verdict(SID, 2**32 - 1, 2**32 - 1, pack_ids([1, 2, 3]), 256, 2, 255, *largest))) == 512
     assert len(encode(Grown(SID, 2**32 - 1, 2**16 - 1, bytes(4 * GROWN), bytes(2 * GROWN), bytes(GROWN)))) == 512
 
 
@@ -398,9 +377,9 @@ def test_bad_magic(place: int) -> None:
     refused(bytes(bad), "SPEG")
 
 
-@pytest.mark.parametrize("major", [0, 2, 3, 255])
+@pytest.mark.parametrize("major", [0, 1, 3, 255])
 def test_another_major_version(major: int) -> None:
-    refused(raw(9, pack([SID]), major=major), f"version {major} is spoken there, 1.3 here")
+    refused(raw(9, pack([SID]), major=major), f"version {major} is spoken there, 2.0 here")
     refused(raw(77, b"another format", major=major, flags=9), f"version {major}")
 
 
