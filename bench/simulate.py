@@ -106,6 +106,7 @@ class World:
     step_overhead: float = 0.002
     row_overhead: float = 0.0
     forward_overhead: float = 0.001
+    reaction: float = 0.0  # until an edge takes a verdict that has come
     temperature: float = 0.7
     pipeline: bool = True
     admission: bool = True
@@ -262,7 +263,7 @@ class Simulation:
             m, e.waits, e.taken = e.mirror, tree is None, e.taken + (tree is not None)
             served = Served(what[1], what[2], what[2] - v.verified)
             answer = Answer(v, v.sequence.acceptance.budget, served, None if tree is None else len(tree), 0 if m is None else m.since)
-            self._at(self.clock.now + self.world.rtt / 2, "verdict", answer)
+            self._at(self.clock.now + self.world.rtt / 2 + self.world.reaction, "verdict", answer)
         self._look(None)
 
     def _verdict(self, what: Answer) -> None:
@@ -411,7 +412,7 @@ def compare(path: Path, only: str) -> Iterator[str]:
         world = replace(
             world, rtt=middle(lambda x: x["round_ms"]["up"] + x["round_ms"]["down"]) / 1e3,
             step_overhead=middle(lambda x: x["step_ms"] / 1e3 - seconds(pace, round(x["rows_per_step"])) - row * x["rows_per_step"]),
-            row_overhead=row,
+            row_overhead=row, reaction=middle(lambda x: x["round_ms"]["unseen at the edge"]) / 1e3,
             forward_overhead=middle(lambda x: x["forward_overhead_ms"]) / 1e3,
         )  # fmt: skip
         tokens, hits = middle(lambda x: x["tokens_per_round"]), middle(lambda x: x["hit_rate"])
