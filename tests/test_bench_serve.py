@@ -288,7 +288,7 @@ def test_a_run_in_virtual_time_is_recognised(tmp_path: Path, monkeypatch: pytest
     given = {"target": [(1, 0.1), (64, 0.1)], "draft": [(1, 0.01), (300, 0.01)], "rtt": 0.01, "pipeline": True, "admission": True}
     played = Simulation(World(**given | {"rtt": 0.1}, text=32, prompt=simulate.READ), 1, DraftConfig(tree_size=7))
     played.run(math.inf, 2)
-    found = played.figures() | {"step_ms": 102.0, "forward_overhead_ms": 1.0, "round_ms": {"up": 50.0, "down": 50.0}}
+    found = played.figures() | {"step_ms": 102.0, "forward_overhead_ms": 1.0, "round_ms": {"up": 50.0, "down": 50.0, "unseen at the edge": 0.0}}
     cell = {"kind": "cell", "cell": "a", "void": "", "world": given, "temperature": 0.7, "sessions": 1, "conditions": {"tokens": 32}}
     plain = {"kind": "cell", "cell": "b", "void": "", "world": None, "rows_per_step": 1.0, "step_ms": 102.0}
     file = tmp_path / "cells.jsonl"
