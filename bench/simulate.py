@@ -213,15 +213,15 @@ class Simulation:
             e.session = e.drafter.open(e.sequence.tokens, params, e.sequence.limit)
             if (law := self.engine.cost.law) is not None:  # an edge greets before its first text
                 e.drafter.pace.verify.tell(law)
-            e.budget, e.flying, e.rounds, e.mirror, e.waits = MAX_ROWS_PER_TREE, False, [], None, False
+            e.budget, e.flying, e.rounds, e.mirror, e.waits = MAX_ROWS_PER_TREE, False, [], None, True
             e.round = e.taken = e.since = 0
             self._of[e.sequence] = e
             self._at(self.clock.now, "edge", (e, e.looks))
 
     def _tree(self, what: tuple[Edge, Any, int]) -> None:
         edge, tree, number = what
-        late = number == edge.taken and edge.mirror is not None and edge.mirror.late
-        if edge.sequence is None or edge.sequence.finish or not (late or number > edge.taken):
+        late = not edge.waits and edge.mirror is not None and edge.mirror.late  # that round has begun without it
+        if edge.sequence is None or edge.sequence.finish or not (late if number == edge.taken else edge.waits and number > edge.taken):
             return
         edge.taken, edge.waits = number, False
         edge.mirror = Mirror(tree, number, edge.drafter.config.tree_size) if edge.drafter.tells else None
@@ -233,7 +233,7 @@ class Simulation:
         edge, since, first, nodes = what
         if edge.mirror is not None:
             edge.mirror.add(since, first, [n[0] for n in nodes], [n[1] for n in nodes], [n[2] for n in nodes])
-            if edge.waits and edge.sequence is not None and catch_up(self.engine, edge.sequence, edge.mirror, self.clock.now) is not None:
+            if edge.waits and edge.sequence is not None and catch_up(self.engine, edge.sequence, edge.mirror, self.clock.now):
                 edge.taken, edge.waits = edge.mirror.round, False
                 self._look(None)
 
@@ -258,9 +258,9 @@ class Simulation:
     def _served(self, what: tuple[list[Verdict], float, int]) -> None:
         self._serving = False
         edges = [self._of[v.sequence] for v in what[0]]
-        trees = go_on(self.engine, [(v, e.mirror) for v, e in zip(what[0], edges, strict=True)], self.clock.now)
-        for v, e, tree in zip(what[0], edges, trees, strict=True):
-            m, e.waits, e.taken = e.mirror, tree is None, e.taken + (tree is not None)
+        begun = go_on(self.engine, [(v, e.mirror) for v, e in zip(what[0], edges, strict=True)], self.clock.now)
+        for v, e, on in zip(what[0], edges, begun, strict=True):
+            m, tree, e.waits, e.taken = e.mirror, v.sequence.tree if on else None, not on, e.taken + on
             served = Served(what[1], what[2], what[2] - v.verified)
             answer = Answer(v, v.sequence.acceptance.budget, served, None if tree is None else len(tree), 0 if m is None else m.since)
             self._at(self.clock.now + self.world.rtt / 2 + self.world.reaction, "verdict", answer)

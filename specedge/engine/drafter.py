@@ -233,7 +233,7 @@ class Drafter:
             session.others = served.others
             # it came during that forward, or in its second half; counted whole, forwards would grow
             hidden = self._took / (4 if self._score.stops else 2) if now - self._ended < SHORT / 4 else 0.0
-            if session.unasked:  # nothing lies around that step but the way back of the verdict before
+            if session.unasked or now - session.sent < served.seconds:  # the server has begun without asking: nothing lies around that step
                 self.pace.verify.observe(served.rows, len(session.tokens), served.seconds)
             else:
                 self.pace.answered(now - session.sent - hidden, served, len(session.tokens))

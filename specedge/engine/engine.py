@@ -102,14 +102,16 @@ class Engine(TextEngine):
 
     @alone
     def offer(self, sequence: Sequence, tree: TokenTree, at: float | None = None) -> None:
-        """Have `tree` verified below the root of `sequence` in one of the next steps. `at`: when it came (time.monotonic), if not now. Raises
-        TreeError if it is no tree over the vocabulary."""
+        """Have `tree` verified below the root of `sequence` in one of the next steps, in place of one that was not yet. `at`: when it came
+        (time.monotonic), if not now. Raises TreeError if it is no tree over the vocabulary."""
         tree.check(self.vocab)
-        sequence.tree, sequence.offered = tree, time.monotonic() if at is None else at
-        if sequence.answered:
-            gap = max(0.0, sequence.offered - sequence.answered)
-            self.admission.returned(gap)
-            sequence.rhythm.returned(gap)
+        if sequence.tree is None:
+            sequence.offered = time.monotonic() if at is None else at
+            if sequence.answered:
+                gap = max(0.0, sequence.offered - sequence.answered)
+                self.admission.returned(gap)
+                sequence.rhythm.returned(gap)
+        sequence.tree = tree
 
     @alone
     def run_until(self, sequence: Sequence, length: int) -> None:

@@ -36,7 +36,7 @@ class Mirror:
 
     def __init__(self, tree: TokenTree, round: int, most: int = MAX_NODES) -> None:
         self.round, self.most = round, most  # the one whose verdict is awaited, or was given last
-        self.late = False  # whether it began after the verdict before had left: the edge, which was asked for a tree, numbers its nodes anew
+        self.late = False  # whether that began without a word: the edge, which was asked for a tree, numbers its nodes anew
         self.bare = 0  # rounds in a row that had no more than their root, since nobody knew better
         self._missing: Sequence[int] = ()  # tokens from the root down to the next one, as long as that is not here
         self._number(tree)
@@ -114,37 +114,32 @@ class Mirror:
         return make_tree([self._nodes[n].token for n in numbers[1:]], [parent[n] for n in numbers[1:]])
 
 
-def go_on(engine: Engine, found: Sequence[tuple[request.Verdict, Mirror | None]], now: float) -> list[TokenTree | None]:
-    """Begin the next round of those that can go on: offers their trees and returns them, None for whoever waits for its edge. `found`: what a step
-    found, with the copy of each edge's tree, if it sends what grows."""
+def go_on(engine: Engine, found: Sequence[tuple[request.Verdict, Mirror | None]], now: float) -> list[bool]:
+    """Begin the next round of those that can go on, by offering their trees; False for whoever waits for its edge. `found`: what a step found, with
+    the copy of each edge's tree, if it sends what grows."""
     going = list[Mirror | None]()  # the copies of those that may
     for v, m in found:
         if m is not None and not v.finish:
             m.move(v.tokens)
         going.append(m if _may(v.sequence) else None)
     step = any(m is not None and m.size for m in going) or any(s.wants_token and not s.held and not s.batch for s in engine.line.running)
-    return [
-        _begin(engine, v.sequence, m, now) if m is not None and (m.size or (step and m.bare < BARE)) else None
-        for (v, _), m in zip(found, going, strict=True)
-    ]  # fmt: skip
+    begun = [m is not None and (m.size > 0 or (step and m.bare < BARE)) for m in going]
+    for (v, _), m, on in zip(found, going, begun, strict=True):
+        if m is not None and on:
+            engine.offer(v.sequence, m.begin(v.sequence.acceptance.budget), now)
+    return begun
 
 
-def catch_up(engine: Engine, sequence: request.Sequence, mirror: Mirror, now: float) -> TokenTree | None:
+def catch_up(engine: Engine, sequence: request.Sequence, mirror: Mirror, now: float) -> bool:
     """The same for one that waits for its edge, if the root of its next round has come meanwhile, and something below it. (A round trip of 50 ms:
     3 % more tokens a second for one and two sessions with passes of 70 ms; of 100 ms 4 to 12 %, in virtual time.)"""
     if not mirror.size or not _may(sequence):
-        return None
-    tree = _begin(engine, sequence, mirror, now)
+        return False
+    engine.offer(sequence, mirror.begin(sequence.acceptance.budget), now)
     mirror.late = True
-    return tree
+    return True
 
 
 def _may(s: request.Sequence) -> bool:
     """Whether it can do with a tree."""
     return not s.finish and not s.alone and s.acceptance.budget > 0
-
-
-def _begin(engine: Engine, s: request.Sequence, m: Mirror, now: float) -> TokenTree:
-    tree = m.begin(s.acceptance.budget)
-    engine.offer(s, tree, now)
-    return tree

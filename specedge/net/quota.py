@@ -1,6 +1,6 @@
 """What an account may use, and what it uses now.
 
-Counts and rates are apart from the protocol: sessions.py asks before it gives, and answers BUSY with what is said here. Knows nothing of messages,
+Counts and rates are apart from the protocol: sessions.py asks before it gives, and answers BUSY with what `Full` says. Knows nothing of messages,
 sockets or engines; the clock is the caller's. Invariant: what an account is using is never more than its quota allows, but for the rows of one
 step, which are charged once they are known and paid for by waiting.
 """
@@ -11,6 +11,15 @@ from specedge.engine import request
 
 BURST = 2.0  # seconds of its rate that an account may save up
 WAIT = 5.0  # seconds that an account which has overdrawn its rate is made to wait in silence; beyond, it is told
+RETRY_FULL, RETRY_ROUND = 1000, 50  # milliseconds after which a place, or room for a round, may be free again
+
+
+class Full(Exception):
+    """Whoever asks comes at a bad time: the sentence, and the milliseconds after which the same may be asked again."""
+
+    def __init__(self, text: str, retry_ms: float) -> None:
+        super().__init__(text)
+        self.text, self.retry_ms = text, int(retry_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +65,30 @@ class Usage:
     wait: float = 0.0  # seconds until it has paid for what it used
     _verified: Bucket = field(default_factory=Bucket)
     _prompt: Bucket = field(default_factory=Bucket)
+
+    def connect(self) -> None:
+        """One more connection. Raises Full, as those below do."""
+        if self.connections >= self.quota.connections > 0:
+            raise Full(f"all {self.quota.connections} connections of this account are taken", RETRY_FULL)
+        self.connections += 1
+
+    def check_session(self, kv_tokens: int) -> None:
+        """Whether there is room for one more session of so many tokens."""
+        if self.sessions >= self.quota.sessions > 0:
+            raise Full(f"all {self.quota.sessions} sessions of this account are taken", RETRY_FULL)
+        if self.kv_tokens + kv_tokens > self.quota.kv_tokens > 0:
+            raise Full(f"the open sessions of this account leave too little of its {self.quota.kv_tokens} tokens", RETRY_FULL)
+        self._afford()
+
+    def check_round(self) -> None:
+        """Whether one more round may begin."""
+        if self.in_flight >= self.quota.in_flight > 0:
+            raise Full(f"{self.in_flight} rounds of this account await their verdicts already", RETRY_ROUND)
+        self._afford()
+
+    def _afford(self) -> None:
+        if self.wait > WAIT:
+            raise Full(f"this account has used up its rate for the next {self.wait:.0f} s", min(1000 * self.wait, 2**32 - 1))
 
     @property
     def must_ask(self) -> bool:

@@ -22,14 +22,13 @@ from specedge.engine.engine import Engine
 from specedge.engine.mirror import Mirror, catch_up, go_on
 from specedge.engine.texts import RequestError
 from specedge.net import wire
-from specedge.net.quota import WAIT, Quota, Usage
+from specedge.net.quota import RETRY_FULL, Full, Quota, Usage
 from specedge.net.sampling import unpack_sampling
 from specedge.net.wire import Error, Message
 from specedge.tree import MAX_NODES, TokenTree, TreeError
 
 log = logging.getLogger(__name__)
 SURVIVABLE = ("round", "base", "session")  # errors that leave their session as it was
-RETRY_FULL, RETRY_ROUND = 1000, 50  # milliseconds after which a place, or room for a round, may be free again
 MEMORY, REMEMBERED = 600.0, 4096  # for so many seconds, and so many of them, sessions that have lapsed are known
 PAUSE = 2.0  # seconds without a round, longer than between two, after which a session makes room for those that wait
 Key = tuple[str, bytes]  # (user, session)
@@ -58,14 +57,6 @@ class Refused(Exception):
         self.code, self.text = code, text
 
 
-class Full(Exception):
-    """A message that comes at a bad time: the sentence, and the milliseconds after which it may come again."""
-
-    def __init__(self, text: str, retry_ms: float) -> None:
-        super().__init__(text)
-        self.text, self.retry_ms = text, int(retry_ms)
-
-
 @dataclass(slots=True, eq=False)
 class Remote:
     """A session of one edge."""
@@ -82,7 +73,8 @@ class Remote:
     taken: float = 0.0  # when it came
     last: wire.Verdict | None = None  # its answer, or that of the round before where the server has begun this one by itself
     ahead: bool = False  # its edge says what grows
-    base: int = 0  # length of the text when this round began
+    missing: int = 0  # a round that has begun without the DRAFT that was asked for, and without a word, as long as that may come
+    base: int = 0  # length of the text when the present one began
     mirror: Mirror | None = None  # of what the edge says to grow since the last whole tree
     unasked: bool = False  # the server has begun this round by itself
 
@@ -138,8 +130,8 @@ class Sessions:
     def verdicts(self, found: list[request.Verdict], now: float, spent: float) -> list[Reply]:
         """Messages for what a step of `spent` seconds found."""
         owned = [(r, v) for v in found if (r := self._owner.get(v.sequence))]
-        trees = go_on(self.engine, [(v, None if r.usage.must_ask else r.mirror) for r, v in owned], now)
-        return [(r.peer, self._verdict(r, v, now, spent, tree)) for (r, v), tree in zip(owned, trees, strict=True)]
+        begun = go_on(self.engine, [(v, None if r.usage.must_ask else r.mirror) for r, v in owned], now)
+        return [(r.peer, self._verdict(r, v, now, spent, on)) for (r, v), on in zip(owned, begun, strict=True)]
 
     def settle(self, now: float) -> None:
         """Charge every account for what it used, before the next step."""
@@ -235,9 +227,7 @@ class Sessions:
         usage = self._usage.setdefault(peer.user, Usage(quota, request.Account(peer.user.encode())))
         usage.quota = quota  # which may be another one by now
         if peer not in self._peers:
-            if usage.connections >= quota.connections > 0:
-                raise Full(f"all {quota.connections} connections of this account are taken", RETRY_FULL)
-            usage.connections += 1
+            usage.connect()
         self._peers[peer] = now
         limits = wire.Limits(self._max_nodes, e.runner.context, min(self.max_sessions, quota.sessions or self.max_sessions))
         load = wire.Load(len(self._table), pool.available * pool.page_size, pool.total * pool.page_size)
@@ -268,14 +258,9 @@ class Sessions:
 
     def _admit(self, usage: Usage, r: Remote, now: float) -> None:
         """Raise unless there is a place for one more session, by what it may need at most."""
-        quota = usage.quota
-        if r.kv_tokens > quota.kv_tokens > 0:
-            raise Refused("quota", f"prompt and max_tokens make {r.kv_tokens} tokens, this account may hold {quota.kv_tokens}: shorten one of them")
-        if usage.sessions >= quota.sessions > 0:
-            raise Full(f"all {quota.sessions} sessions of this account are taken", RETRY_FULL)
-        if usage.kv_tokens + r.kv_tokens > quota.kv_tokens > 0:
-            raise Full(f"the open sessions of this account leave too little of its {quota.kv_tokens} tokens", RETRY_FULL)
-        self._afford(usage)
+        if r.kv_tokens > (most := usage.quota.kv_tokens) > 0:
+            raise Refused("quota", f"prompt and max_tokens make {r.kv_tokens} tokens, this account may hold {most}: shorten one of them")
+        usage.check_session(r.kv_tokens)
         if len(self._table) >= self.max_sessions and not self._yield_place(usage, r, now):
             raise Full(f"all {self.max_sessions} sessions of this server are taken", RETRY_FULL)
 
@@ -289,10 +274,6 @@ class Sessions:
         self._ids(r.opened.tokens)  # nobody loses a place to what will be refused
         self._lapse(min((r.flying, r.moved, k) for k, r in self._table.items() if r.usage is most)[2], now)
         return True
-
-    def _afford(self, usage: Usage) -> None:
-        if usage.wait > WAIT:
-            raise Full(f"this account has used up its rate for the next {usage.wait:.0f} s", min(1000 * usage.wait, 2**32 - 1))
 
     def _prompt(self, r: Remote, m: wire.Prompt) -> list[Message]:
         ids = self._ids(m.tokens)
@@ -335,35 +316,58 @@ class Sessions:
         # an edge may not know how far the server has gone by itself; every round has brought a token, so one that has them all begins another
         behind = r.ahead and 0 < m.round <= r.round
         new = m.round == r.round + 1 or (behind and not r.flying and not s.finish and m.base == len(s.tokens))
-        late = r.flying and r.mirror is not None and r.mirror.late and (m.round, m.base) == (r.round, r.base)
-        if not (new or late) and (behind or m.round == r.round > 0):
+        if m.round == r.missing > 0:
+            if not m.ahead:
+                return self._left(r, m)
+            if r.flying and m.base == r.base:
+                return self._overtaken(r, m, now)
+        if not new and (behind or m.round == r.round > 0):
             return self._repeat(r, m)
-        if not late and (r.flying or not new):
+        if r.flying or not new:
             raise Refused("round", f"round {m.round} came, but round {r.round} {'awaits its verdict' if r.flying else 'was the last'}")
         if m.base > len(s.tokens):
             raise Refused("base", f"the text has {len(s.tokens)} tokens here, round {m.round} builds on {m.base}")
+        tree = self._tree(m)
+        r.usage.check_round()
+        r.round, r.base, r.missing, r.taken, r.ahead, r.mirror, r.unasked = m.round, m.base, 0, now, m.ahead > 0, None, False
+        if not s.finish:
+            self.engine.run_until(s, min(m.run_until, s.limit))
+        if m.base < len(s.tokens) or s.finish:
+            return [self._catch_up(r, m.round, m.base)]
+        self.engine.offer(s, tree, now)
+        r.mirror = Mirror(tree, m.round, m.ahead) if m.ahead and not s.alone else None
+        r.moved = now  # not before: what asks for no row moves nothing
+        self._fly(r, True)
+        return []
+
+    def _overtaken(self, r: Remote, m: wire.Draft, now: float) -> list[Message]:
+        """Take the tree that was asked for, of a round that has begun without it. It is verified in place of the other, if that is not yet, and its
+        rows number the nodes from here on."""
+        assert r.sequence is not None
+        tree = self._tree(m)
+        r.missing, r.unasked, r.mirror = 0, False, Mirror(tree, m.round, m.ahead)
+        if r.sequence.tree is not None:
+            self.engine.offer(r.sequence, tree, now)
+        return []
+
+    def _left(self, r: Remote, m: wire.Draft) -> list[Message]:
+        """An edge goes on without drafts, which does not know how far the server has gone by itself: from here on all is the answer to this round."""
+        assert r.sequence is not None
+        s = r.sequence
+        if m.base > len(s.tokens):
+            raise Refused("base", f"the text has {len(s.tokens)} tokens here, round {m.round} builds on {m.base}")
+        r.round, r.missing, r.ahead, r.mirror, r.unasked = m.round, 0, False, None, False
+        if not s.finish:
+            self.engine.run_until(s, min(m.run_until, s.limit))
+        return [self._catch_up(r, m.round, m.base)] if m.base < len(s.tokens) else []
+
+    def _tree(self, m: wire.Draft) -> TokenTree:
         try:
             tree = wire.unpack_tree(m)
             tree.check(self.engine.vocab)
         except (TreeError, wire.WireError) as e:
             raise Refused("tree", f"{e}") from None
-        if not late:
-            if r.usage.in_flight >= r.usage.quota.in_flight > 0:
-                raise Full(f"{r.usage.in_flight} rounds of this account await their verdicts already", RETRY_ROUND)
-            self._afford(r.usage)
-        if not s.finish:
-            self.engine.run_until(s, min(m.run_until, s.limit))
-        r.round, r.base, r.taken, r.ahead, r.mirror, r.unasked = m.round, m.base, now, m.ahead > 0, None, False
-        verified = late and s.tree is None  # the tree with which the server has begun this round; the verdict goes out in a moment
-        if not verified and (m.base < len(s.tokens) or s.finish):
-            return [self._catch_up(r, m.round, m.base)]
-        r.mirror = Mirror(tree, m.round, m.ahead) if m.ahead and not s.alone else None
-        if verified:
-            return []
-        self.engine.offer(s, tree, now)
-        r.moved = now  # not before: what asks for no row moves nothing
-        self._fly(r, True)
-        return []
+        return tree
 
     def _grown(self, r: Remote, m: wire.Grown, now: float) -> list[Message]:
         """Take what has grown at the edge, if the server may go on with it; and go on, if that was all that was missing."""
@@ -376,8 +380,9 @@ class Sessions:
             r.mirror.add(m.since, m.first, tokens, parents, steps)
         except (TreeError, wire.WireError) as e:
             raise Refused("tree", f"{e}") from None
-        if not r.flying and not r.usage.must_ask and catch_up(self.engine, r.sequence, r.mirror, now) is not None:
+        if not r.flying and not r.usage.must_ask and catch_up(self.engine, r.sequence, r.mirror, now):
             self._begun(r, now)
+            r.missing = r.round
         return []
 
     def _begun(self, r: Remote, now: float) -> None:
@@ -409,18 +414,22 @@ class Sessions:
 
     @staticmethod
     def _next(r: Remote) -> tuple[int, int, int]:
-        """The last fields of a VERDICT: the round that the server has begun by itself, since when nodes are numbered as now, and the nodes of
-        its tree."""
+        """The last fields of a VERDICT, after which its edge knows: the round that the server has begun by itself, since when nodes are numbered as
+        now, and the nodes of its tree."""
         tree = r.sequence.tree if r.sequence is not None and r.unasked and r.flying else None
-        return (0, 0, 0) if r.mirror is None or tree is None else (r.round, r.mirror.since, len(tree))
+        if r.mirror is None or tree is None:
+            return (0, 0, 0)
+        if r.missing == r.round:
+            r.missing, r.mirror.late = 0, False
+        return (r.round, r.mirror.since, len(tree))
 
-    def _verdict(self, r: Remote, v: request.Verdict, now: float, spent: float, tree: TokenTree | None) -> wire.Verdict:
-        """`tree`: with which the next round has begun, if it has."""
+    def _verdict(self, r: Remote, v: request.Verdict, now: float, spent: float, on: bool) -> wire.Verdict:
+        """`on`: whether the next round has begun."""
         r.heard = r.moved = now  # whoever is being served is not silent
         number, asked = r.round, r.flying
         queue = max(0.0, now - r.taken - spent) if asked else 0.0
         self._fly(r, False)
-        if tree is not None:
+        if on:
             self._begun(r, now)
         elif v.finish or r.usage.must_ask:
             r.mirror = None

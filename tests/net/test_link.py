@@ -296,7 +296,7 @@ def test_a_delay_changes_nothing(model: Path, want: list[int]) -> None:
 
 def test_a_full_server_is_waited_for(model: Path, want: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """BUSY is no error: more texts than the account may have open come one after the other."""
-    monkeypatch.setattr("specedge.net.sessions.RETRY_FULL", 20)
+    monkeypatch.setattr("specedge.net.quota.RETRY_FULL", 20)
     with serving(model) as server:
         server._sessions.quota = lambda _: Quota(sessions=2, in_flight=1)
         with Edge(server.address) as edge:

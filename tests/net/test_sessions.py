@@ -583,6 +583,42 @@ def test_a_late_round_may_be_left_to_the_server(desk: Desk) -> None:
     assert {m.round for m in desk.run()} == {2} and desk.texts[X] == PROMPT + ids
 
 
+@pytest.mark.parametrize("when", ["between a step and its verdicts", "after it", "after the next has begun"])
+def test_a_late_round_is_left_to_the_server_after_all(desk: Desk, when: str) -> None:
+    """Whatever has become of it by then: all that follows answers the round that the edge knows."""
+    ids = desk.ids()
+    behind(desk, ids)
+    desk.say(grown(ids[2:5]))
+    if when == "after the next has begun":
+        desk.say(grown(ids[5:8], 8, 7))
+    base, found = len(PROMPT) + 3, desk.engine.step()
+    if when == "between a step and its verdicts":
+        (told,) = desk.draft(X, 2, base=base, until=CONTEXT)
+        desk.sessions.verdicts(found, desk.now, 0.0)
+    else:
+        ((_, second),) = desk.sessions.verdicts(found, desk.now, 0.0)
+        assert isinstance(second, Verdict) and second.next == (3 if when == "after the next has begun" else 0)
+        (told,) = desk.draft(X, 2, base=base, until=CONTEXT)
+    assert isinstance(told, Verdict) and (told.round, told.base, unpack_ids(told.tokens).tolist(), told.next) == (2, base, ids[3:6], 0)
+    desk.take(told)
+    assert {m.round for m in desk.run()} == {2} and desk.texts[X] == PROMPT + ids
+
+
+def test_a_repeat_of_a_late_round_that_was_told_is_no_tree(desk: Desk) -> None:
+    """An edge that has missed verdicts knows of it, and goes on with what the server has."""
+    ids = desk.ids()
+    growing(desk, ids)
+    desk.step()
+    desk.say(grown(ids[2:6]))
+    (told,) = desk.draft(X, 1, base=len(PROMPT) + 1)
+    assert isinstance(told, Verdict) and (unpack_ids(told.tokens).tolist(), told.next, told.nodes) == (ids[1:3], 2, 3)
+    tree = Draft(X, 2, len(PROMPT) + 3, b"", b"", 0, MAX_NODES)
+    assert [m.next for m in desk.say(tree) if isinstance(m, Verdict)] == [2]
+    assert desk.say(grown(ids[6:8], 9, 8)) == []
+    ((_, second),) = desk.step()
+    assert isinstance(second, Verdict) and unpack_ids(second.tokens).tolist() == ids[3:7] and (second.next, second.since, second.nodes) == (3, 1, 1)
+
+
 def test_nobody_who_has_to_take_turns_begins_late(desk: Desk) -> None:
     desk.sessions.quota = lambda _: Quota(in_flight=1)
     desk.hello(ADA)
