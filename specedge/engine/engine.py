@@ -219,7 +219,7 @@ class Engine(TextEngine):
             if ended:
                 self.admission.paused(begun - ended, ended - before)
             self._stepped = (begun, now) if self.line.running or self.line.waiting else (0.0, 0.0)
-        answered = [(job, job.tree.path(f.row)) for job, f in zip(jobs, found, strict=True) if f is not None]
+        answered = [(job, f.path) for job, f in zip(jobs, found, strict=True) if f is not None]
         for job, path in answered:
             job.sequence.answered = now
             job.sequence.rhythm.verified(job.grant.chain + len(job.tree), len(path) + 1)
@@ -268,9 +268,9 @@ class Engine(TextEngine):
         s, verdict = job.sequence, None
         kept = job.grant.chain
         if found is not None:
-            base, rows = len(s.tokens), job.tree.path(found.row)
-            kept += len(rows)
-            tokens = (*(int(job.tree.tokens[r - 1]) for r in rows), found.last)
+            base = len(s.tokens)
+            kept += len(found.path)
+            tokens = (*(int(job.tree.tokens[r - 1]) for r in found.path), found.last)
             s.tokens += tokens
             s.tree, s.finish = None, found.finish
             verdict = Verdict(s, base, tokens, job.grant.chain + len(job.tree), found.finish, found.logprobs)

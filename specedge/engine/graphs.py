@@ -180,7 +180,9 @@ class CapturedVerifier:
         if not any(job.grant.token for job in jobs):
             return [None] * len(jobs)
         results = self._passes.fetch(outputs)[0].tolist()
-        return [Found(row, last, FINISH[end]) if job.grant.token else None for job, (row, last, end) in zip(jobs, results, strict=False)]
+        return [
+            Found(job.tree.path(row), last, FINISH[end]) if job.grant.token else None for job, (row, last, end) in zip(jobs, results, strict=False)
+        ]
 
 
 def _verification(jobs: list[Job]) -> dict[str, np.ndarray]:

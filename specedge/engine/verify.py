@@ -40,9 +40,9 @@ class Job:
 
 
 class Found(NamedTuple):
-    """What was found for a job that wants a token: the path to `row` of its tree is accepted, and `last` follows."""
+    """What was found for a job that wants a token: the rows `path` of its tree, from below the root down, are accepted, and `last` follows."""
 
-    row: int
+    path: list[int]
     last: int
     finish: str
     logprobs: tuple[Logprobs, ...] | None = None
@@ -71,7 +71,7 @@ class Verifier:
                 row, tokens, last, finish = walk(job.tree, sampled[at:end], s.stop, job.room)
                 path, k = job.tree.path(row), s.params.logprobs
                 logprobs = None if k is None else self._sampler.logprobs(before[at:end][[0, *path]], [*tokens, last], k)
-                answer, at = Found(row, last, finish, logprobs), end
+                answer, at = Found(path, last, finish, logprobs), end
             root = job.first + job.grant.chain - 1
             kept = [*range(job.first, root + 1), *(root + r for r in path)]
             assert s.table is not None

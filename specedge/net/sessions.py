@@ -57,6 +57,11 @@ class Refused(Exception):
         self.code, self.text = code, text
 
 
+def _check_base(s: request.Sequence, m: wire.Draft) -> None:
+    if m.base > len(s.tokens):
+        raise Refused("base", f"the text has {len(s.tokens)} tokens here, round {m.round} builds on {m.base}")
+
+
 @dataclass(slots=True, eq=False)
 class Remote:
     """A session of one edge."""
@@ -325,8 +330,7 @@ class Sessions:
             return self._repeat(r, m)
         if r.flying or not new:
             raise Refused("round", f"round {m.round} came, but round {r.round} {'awaits its verdict' if r.flying else 'was the last'}")
-        if m.base > len(s.tokens):
-            raise Refused("base", f"the text has {len(s.tokens)} tokens here, round {m.round} builds on {m.base}")
+        _check_base(s, m)
         tree = self._tree(m)
         r.usage.check_round()
         r.round, r.base, r.missing, r.taken, r.ahead, r.mirror, r.unasked = m.round, m.base, 0, now, m.ahead > 0, None, False
@@ -354,8 +358,7 @@ class Sessions:
         """An edge goes on without drafts, which does not know how far the server has gone by itself: from here on all is the answer to this round."""
         assert r.sequence is not None
         s = r.sequence
-        if m.base > len(s.tokens):
-            raise Refused("base", f"the text has {len(s.tokens)} tokens here, round {m.round} builds on {m.base}")
+        _check_base(s, m)
         r.round, r.missing, r.ahead, r.mirror, r.unasked = m.round, 0, False, None, False
         if not s.finish:
             self.engine.run_until(s, min(m.run_until, s.limit))
@@ -396,9 +399,7 @@ class Sessions:
         assert r.sequence is not None
         if r.flying and r.sequence.tree is None:
             return []  # it has been verified, and its verdict goes out in a moment
-        known = len(r.sequence.tokens)
-        if m.base > known:
-            raise Refused("base", f"the text has {known} tokens here, round {m.round} builds on {m.base}")
+        _check_base(r.sequence, m)
         if r.last is not None and r.last.base == m.base and r.last.round == m.round:
             return [r.last]
         return [self._catch_up(r, m.round, m.base)]

@@ -264,7 +264,7 @@ def test_trees_are_the_best_nodes_in_falling_order() -> None:
 def test_a_server_that_is_told_has_the_same_tree(wild: float) -> None:
     """Over many rounds that it begins by itself, with what it was told by then, or with the root alone: what it holds below its root are nodes of the
     edge, under the same numbers, and the best ones first."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(10)
     d = make(width=6, branch=4)
     d._clock = itertools.count().__next__  # type: ignore[assignment]  # so that it is always time to tell
     params = SamplingParams(0.8, 400, seed=3)
@@ -304,7 +304,7 @@ def test_a_server_that_is_told_has_the_same_tree(wild: float) -> None:
         audit(d, s)
         if len(s.tokens) > 380:
             break
-    assert ahead > 12 and late > 10 and anew > 3, (ahead, late, anew)
+    assert ahead > 12 and late > 10 and anew > 5, (ahead, late, anew)
 
 
 def test_what_is_told_is_worth_it() -> None:

@@ -68,9 +68,9 @@ def test_rows_of_a_whole_tree_are_the_first_numbers() -> None:
     assert mirror.move([5, 6, 8])
     assert mirror.begin(9).tokens.tolist() == [9] and (mirror.since, mirror.round, mirror.bare) == (4, 5, 0)
     mirror.add(mirror.since, mirror.next, [3, 3], [6, 5], [0, 0])  # the first below what is gone
-    assert mirror.size == 2
+    assert mirror.size == 2 and mirror.begin(9).parents.tolist() == [0, 1]
     assert not mirror.move([9, 4]) and mirror.size == 0
-    assert len(mirror.begin(9)) == 0 and (mirror.since, mirror.round, mirror.next, mirror.bare) == (6, 6, 1, 1)
+    assert len(mirror.begin(9)) == 0 and (mirror.since, mirror.round, mirror.next, mirror.bare) == (7, 7, 1, 1)
     assert not mirror.move([9]) and len(mirror.begin(9)) == 0 and mirror.bare == 2
 
 
@@ -165,6 +165,7 @@ def sizes(*verdicts: tuple[Any, Mirror | None], running: tuple[Sequence, ...] = 
     engine = Engine(*running)
     begun = go_on(engine, verdicts, 1.0)  # type: ignore[arg-type]
     offers = iter(engine.offers)
+    assert [v.sequence for (v, _), on in zip(verdicts, begun, strict=True) if on] == [s for s, _ in engine.offers]
     return [len(next(offers)[1]) if on else None for on in begun]
 
 
