@@ -205,7 +205,7 @@ def submitted(kind: type[LoggedDrafter], seed: int) -> tuple[LoggedDrafter, Any,
     """A drafter of `kind` over the shipped draft, its one session and the tree that it has submitted."""
     sizes = EngineConfig(kv_tokens=512, max_rows=64)
     runner = Runner.load(ROOT / "specedge" / "demo" / "draft", sizes, 256, "cpu", "float32", False)
-    own = kind(runner, DraftConfig(tree_size=12, max_sessions=1, engine=sizes), None)
+    own = kind(runner, DraftConfig(tree_size=12, depth=4, max_sessions=1, engine=sizes), None)  # as many forwards whatever they take
     session = own.open([9, 200, 31, 7], SamplingParams(temperature=0.9, seed=seed, max_tokens=64), 68)
     assert session is not None
     while not own.ready(session):
