@@ -48,7 +48,7 @@ class Engine(TextEngine):
         self._waited = True  # for the last step, when it ended
         self._stepped = (0.0, 0.0)  # when the last step that counts for the rhythm began and ended; zeros: nobody has been here since
         self._everybody = Account()  # pays where nobody is named
-        self._credit: dict[Hashable, int] = {}  # the scheduler's: rows that accounts are owed
+        self._credit: dict[Hashable, float] = {}  # the scheduler's: rows that accounts are owed
         self._texts: dict[Sequence, Text] = {}
         self._guard = Guard()
 

@@ -6,7 +6,7 @@ pass `max_rows`; accounts take turns, and within an account whoever has waited l
 """
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
@@ -49,7 +49,7 @@ class Grant:
 
 
 def schedule(
-    wants: Sequence[Want], max_rows: int, credit: dict[Hashable, int] | None = None, cost: CostModel | None = None, most: int = ALL,
+    wants: Sequence[Want], max_rows: int, credit: dict[Hashable, float] | None = None, cost: CostModel | None = None, most: int = ALL,
     expected: bool = False, order: list[int] | None = None,
 ) -> list[Grant]:  # fmt: skip
     """Divide `max_rows` rows among `wants`, which come in order of waiting time, longest first. `credit`: what accounts are owed of earlier steps; it
@@ -72,7 +72,7 @@ def schedule(
     return grants
 
 
-def turns(wants: Sequence[Want], credit: dict[Hashable, int]) -> list[int]:
+def turns(wants: Sequence[Want], credit: dict[Hashable, float]) -> list[int]:
     """The order in which `wants` are served: the turn goes to the account that is owed most, and within it to the longest wait."""
     queues: dict[Hashable, deque[int]] = {}
     for i, want in enumerate(wants):
@@ -88,16 +88,30 @@ def turns(wants: Sequence[Want], credit: dict[Hashable, int]) -> list[int]:
     return order
 
 
-def _settle(wants: Sequence[Want], grants: list[Grant], max_rows: int, credit: dict[Hashable, int]) -> None:
-    """Deficit round robin: every account has a right to an equal share of a step. Who is kept waiting is owed what it did not get of it, and owes
-    what it got beyond, but not more than a step: those rows nobody else could use. Who had all that it wanted begins anew. Batch is owed nothing."""
-    had = {g.index: g.rows for g in grants if not wants[g.index].batch}
-    waiting = {w.account for i, w in enumerate(wants) if not w.batch and had.get(i, 0) < w.rows}
-    share = max_rows // max(1, len({w.account for w in wants if w.rows and not w.batch}))
-    rows = {a: sum(n for i, n in had.items() if wants[i].account == a) for a in waiting}
-    new = {a: max(credit.get(a, 0) + share - rows[a], -max_rows) for a in waiting}
+def _settle(wants: Sequence[Want], grants: list[Grant], max_rows: int, credit: dict[Hashable, float]) -> None:
+    """Deficit round robin: every account has a right to its fair share of a step. Who is kept waiting is owed what it did not get of it, or owes
+    what it got beyond, a step at most. What all of them are owed is forgotten: nobody could have had it, least of all who comes later. Who had all
+    that it wanted begins anew. Batch is owed nothing."""
+    had, wanted, waiting = Counter[Hashable](), Counter[Hashable](), set[Hashable]()
+    granted = {g.index: g.rows for g in grants}
+    for i, want in enumerate(wants):
+        if want.rows and not want.batch:
+            rows = granted.get(i, 0)
+            had[want.account] += rows
+            wanted[want.account] += want.rows
+            if rows < want.rows:
+                waiting.add(want.account)
+    share = fair_share(max_rows, list(wanted.values()))
+    owed = {a: credit.get(a, 0) + share - had[a] for a in waiting}
+    idle = max(0, min(owed.values(), default=0))
     credit.clear()
-    credit.update(new)
+    credit.update({a: max(-max_rows, min(n - idle, max_rows)) for a, n in owed.items()})
+
+
+def fair_share(rows: int, wanted: Sequence[int]) -> float:
+    """The most that anybody gets of `rows` under max-min fairness: who wants less has what is `wanted`, all others have this."""
+    least = sorted(wanted)
+    return max(((rows - sum(least[:i])) / (len(least) - i) for i in range(len(least))), default=rows)
 
 
 def chunk(rows: int, answers: int, prompts: int, cost: CostModel | None) -> int:
