@@ -116,8 +116,6 @@ class Admission:
 
     def learn(self, sessions: Sequence[Acceptance], admitted: Sequence[int], accepted: Sequence[Sequence[int]]) -> None:
         """What a step taught: of the first `admitted` nodes of every session's tree those of ranks `accepted` were on its path."""
-        if not sessions:
-            return
         hit, tried = np.zeros((len(sessions), len(WIDTH))), TRIED[np.array(admitted)]
         owner, rank = np.repeat(np.arange(len(sessions)), [len(a) for a in accepted]), np.array([i - 1 for a in accepted for i in a], int)
         np.add.at(hit, (owner, CLASS[rank]), 1)

@@ -47,7 +47,7 @@ class AsyncEngine:
     def __init__(self, engine: TextEngine) -> None:
         self._engine = engine
         self._commands: queue.SimpleQueue[tuple[Request, bool] | None] = queue.SimpleQueue()  # (request, begin or end); None: close
-        self._closing = threading.Lock()  # nothing is put behind the None
+        self._closing = threading.RLock()  # nothing is put behind the None; a generator may be collected, and end its text, inside of it
         self._closed = False
         self._live: list[Request] = []
         started: queue.SimpleQueue[UseError | None] = queue.SimpleQueue()

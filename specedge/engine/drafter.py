@@ -115,7 +115,9 @@ class Drafter:
         return session
 
     def cancel(self, session: Session) -> None:
-        """Forget a session and free what it holds."""
+        """Forget a session and free what it holds; one that is not here any more is left as it is."""
+        if session not in self._sessions:
+            return
         self._sessions.remove(session)
         self._regions.append(session.base)
         session.table.close()
@@ -224,19 +226,17 @@ class Drafter:
     def _timed(self, session: Session, tokens: int, served: Served | None) -> None:
         """Learn from the times of a round."""
         now, since = self._clock(), session.since
+        if served is not None:
+            self.pace.verify.observe(served.rows, len(session.tokens), served.seconds)
         if session.submitted is None:
-            if served is not None:
-                self.pace.verify.observe(served.rows, len(session.tokens), served.seconds)
             session.since = None  # the next round does not begin where the last one with a tree has ended
             return
         if served is not None:
             session.others = served.others
             # it came during that forward, or in its second half; counted whole, forwards would grow
             hidden = self._took / (4 if self._score.stops else 2) if now - self._ended < SHORT / 4 else 0.0
-            if session.unasked or now - session.sent < served.seconds:  # the server has begun without asking: nothing lies around that step
-                self.pace.verify.observe(served.rows, len(session.tokens), served.seconds)
-            else:
-                self.pace.answered(now - session.sent - hidden, served, len(session.tokens))
+            if not session.unasked and served.seconds <= now - session.sent:  # else the server began without asking, and nothing lies around the step
+                self.pace.answered(now - session.sent - hidden - served.seconds)
             if since is not None and (session.unasked or served.seconds < now - since):  # rounds that nobody waits for last as long as their steps
                 session.rate.add(tokens, max(now - since, served.seconds), served.seconds)
         session.since = now

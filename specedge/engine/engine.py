@@ -50,7 +50,7 @@ class Engine(TextEngine):
         self._everybody = Account()  # pays where nobody is named
         self._credit: dict[Hashable, float] = {}  # the scheduler's: rows that accounts are owed
         self._texts: dict[Sequence, Text] = {}
-        self._guard = Guard()
+        self.guard = Guard()
 
     @classmethod
     def from_pretrained(
@@ -63,11 +63,6 @@ class Engine(TextEngine):
         sizes, path = sizes or EngineConfig(), locate(path, revision)
         runner = Runner.load(path, sizes, sizes.max_rows, device, dtype, progress)
         return cls(runner, Tokenizer.from_dir(path, runner.model.config.vocab), runner.model.config.eos_ids)
-
-    @property
-    def guard(self) -> Guard:
-        """Held by the thread that uses the engine."""
-        return self._guard
 
     # ------------------------------------------------------------------------------------------------------------------
     # sequences
@@ -130,7 +125,7 @@ class Engine(TextEngine):
     @property
     def busy(self) -> bool:
         """Whether a step would find work."""
-        return self.guard.behind or self.line.admissible(time.monotonic()) is not None or any(not s.idle for s in self.line.running)
+        return self.guard.behind or any(not s.idle for s in self.line.running) or self.line.admissible(time.monotonic()) is not None
 
     @property
     def starved(self) -> bool:
@@ -145,9 +140,12 @@ class Engine(TextEngine):
     # ------------------------------------------------------------------------------------------------------------------
     # the step
 
-    @alone
     def step(self, most: int = ALL) -> list[Verdict]:
         """One forward pass: schedule -> run -> sample -> accept -> commit -> emit. At most `most` sequences get a token in it."""
+        with self.guard.step():
+            return self._step(most)
+
+    def _step(self, most: int) -> list[Verdict]:
         begun = time.monotonic()
         self.guard.catch_up()
         self.line.admit(begun)
@@ -164,7 +162,11 @@ class Engine(TextEngine):
         if not jobs:
             return []
         context = sum(job.sequence.computed for job in jobs)
-        found = self._verify(batch, jobs)
+        try:
+            found = self._verify(batch, jobs)
+        except BaseException:  # Ctrl-C too: there may be places in the cache for noise that was never drawn
+            self._verify.forget()
+            raise
         verdicts = [v for job, f in zip(jobs, found, strict=True) if (v := self._extend(job, f)) is not None]
         self.rows = batch.rows
         self._learn(jobs, found, batch.rows, context, begun)
@@ -288,6 +290,7 @@ class Engine(TextEngine):
     # ------------------------------------------------------------------------------------------------------------------
     # texts
 
+    @alone
     def begin(self, tokens: list[int], params: SamplingParams) -> Text:
         """Begin one text, which the engine decodes alone. Raises RequestError if it can never be served."""
         params = params.with_seed()
@@ -297,11 +300,16 @@ class Engine(TextEngine):
         text = self._texts[sequence] = Text(sequence, output)
         return text
 
+    @alone
     def advance(self) -> None:
-        """One step. Where nobody can take one for want of pages, whoever is idle gives some up."""
+        """One step."""
+        self.make_room()
+        self.step()
+
+    def make_room(self) -> None:
+        """Where nobody can take a step for want of pages, whoever is idle gives some up."""
         if not self.busy and self.starved:
             self.park(max((s for s in self.line.running if s.idle), key=lambda s: s.order))
-        self.step()
 
     def end(self, text: Text) -> None:
         """Forget a text, finished or not, and free what it holds. Any thread may."""

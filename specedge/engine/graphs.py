@@ -184,6 +184,10 @@ class CapturedVerifier:
             Found(job.tree.path(row), last, FINISH[end]) if job.grant.token else None for job, (row, last, end) in zip(jobs, results, strict=False)
         ]
 
+    def forget(self) -> None:
+        """As in Verifier."""
+        self._uncaptured.forget()
+
 
 def _verification(jobs: list[Job]) -> dict[str, np.ndarray]:
     verify, stops, at = list[tuple[int, int, int, int, int]](), list[int](), 0

@@ -16,7 +16,7 @@ class Line:
     """The sequences of one engine. At most `most` run."""
 
     def __init__(self, pool: PagePool, most: int) -> None:
-        self.waiting: list[Sequence] = []  # in order of arrival
+        self.waiting: list[Sequence] = []  # by their order
         self.running: list[Sequence] = []  # longest waiting for a step first
         self.pool, self._most = pool, most
         self.opened = 0  # sequences so far
@@ -73,11 +73,14 @@ class Line:
         if not self.waiting:
             return None
         size = self.pool.page_size
-        started = [r for r in self.running if r.computed // size < len(r.keys)]
+        started = [r for r in self.running if not r.held and r.computed // size < len(r.keys)]
         coming = {r.keys[r.computed // size] for r in started}
         soon = {r.keys[r.computed // size] for r in started if not r.batch}  # batch may stand still
-        wanting = sorted((s for s in self.waiting if s.wants_pages), key=lambda s: (s.batch, s.order))
-        return next((s for s in wanting if (coming if s.batch else soon).isdisjoint(s.keys)), None)
+        for batch, pages in ((False, soon), (True, coming)):
+            for s in self.waiting:
+                if s.batch == batch and s.wants_pages and pages.isdisjoint(s.keys):
+                    return s
+        return None
 
     def _fits(self, s: Sequence, others: list[Sequence]) -> bool:
         """Whether there is room for `s` if of those who run `others` alone stay, with all their tokens and a page to spare for each: else it would be

@@ -13,6 +13,7 @@ Knows nothing of messages, models or clocks. Invariant: what is held is a tree b
 names one of them as its parent.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -38,7 +39,6 @@ class Mirror:
         self.round, self.most = round, most  # the one whose verdict is awaited, or was given last
         self.late = False  # whether that began without a word: the edge, which was asked for a tree, numbers its nodes anew
         self.bare = 0  # rounds in a row that had no more than their root, since nobody knew better
-        self._missing: Sequence[int] = ()  # tokens from the root down to the next one, as long as that is not here
         self._number(tree)
 
     def _number(self, tree: TokenTree) -> None:
@@ -46,7 +46,7 @@ class Mirror:
         self.next = 1  # number of the next node
         self._nodes: dict[int, Node] = {0: Node(-1, 0)}
         self._root = 0
-        self._missing = ()
+        self._missing: Sequence[int] = ()  # tokens from the root down to the next one, as long as that is not here
         for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
             self._add(token, parent, 0)
 
@@ -107,7 +107,7 @@ class Mirror:
         return tree
 
     def _best(self, most: int) -> TokenTree:
-        best = sorted((n.cost, number) for number, n in self._nodes.items() if number != self._root)[:most]
+        best = heapq.nsmallest(most, ((n.cost, number) for number, n in self._nodes.items() if number != self._root))
         numbers = [self._root, *(number for _, number in best)]
         row = {number: i for i, number in enumerate(numbers)}
         parent = {child: row[number] for number in numbers for child in self._nodes[number].children.values()}

@@ -44,10 +44,9 @@ class Pace:
         """Seconds between tree and verdict in which the tree is not verified."""
         return median(self._around) if self._around else 0.0
 
-    def answered(self, seconds: float, served: Served, context: int) -> None:
-        """The verdict on a tree came `seconds` after it."""
-        self._around.append(max(0.0, seconds - served.seconds))
-        self.verify.observe(served.rows, context, served.seconds)
+    def answered(self, around: float) -> None:
+        """The verdict on a tree came `around` seconds later than the step that verified it took."""
+        self._around.append(max(0.0, around))
 
     def rooted(self, grown: bool) -> None:
         """A verdict's next root had been grown from, or not."""

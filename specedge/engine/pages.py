@@ -86,7 +86,7 @@ class PagePool:
         self._content: dict[int, Cached] = {}  # of findable pages
         self._place: dict[bytes, int] = {}
         self._tables: set[PageTable] = set()
-        self.hits = self.queries = 0  # tokens that were found, and looked for
+        self.hits = 0  # tokens that were found
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -101,7 +101,6 @@ class PagePool:
         table = PageTable(self, hashlib.sha256(salt).digest())
         self._tables.add(table)
         shared = table.share(tokens[:-1])
-        self.queries += len(tokens) - 1
         self.hits += shared
         return table, shared
 

@@ -47,7 +47,7 @@ class Rhythm:
 
     def returned(self, gap: float) -> None:
         """Its tree came `gap` seconds after the verdict before."""
-        if self.gap < 0:
+        if self.gap <= 0:  # of a gap of 0, as of a tree that was there before the verdict, no mean would ever rise
             self.gap, self.spread = gap, gap / 4
             return
         gap = min(gap, 4 * self.gap + 4 * self.spread)

@@ -81,9 +81,9 @@ class Sequence:
 
     def turn(self, now: float, usual: float) -> Turn | None:
         """Its place in the rounds of all: ready, expected, or neither. `usual`: the gap of others, for one that had its first verdict only now."""
-        if self.wants_token:
-            return Turn(True, self.answered if self.alone else self.offered, PLAIN if self.alone else self.rhythm, self.computed)
         rhythm = self.rhythm if self.rhythm.gap >= 0 else replace(self.rhythm, gap=usual, spread=usual / 4)
+        if self.wants_token:
+            return Turn(True, self.answered if self.alone else self.offered, PLAIN if self.alone else rhythm, self.computed)
         due = self.answered + rhythm.gap
         lost = not self.answered or now - due > LOST + rhythm.gap + 4 * rhythm.spread
         return None if lost or self.finish else Turn(False, due, rhythm, self.computed)

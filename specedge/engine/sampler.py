@@ -85,6 +85,10 @@ class NoiseCache:
                 fills.append(((key[0] + 2**63) % 2**64 - 2**63, key[1], slot))
         return {key: self._slots[key] for key in wanted}, fills
 
+    def forget(self) -> None:
+        """Nothing is in the table."""
+        self._slots.clear()
+
 
 class Sampler:
     """Samples rows of logits over a vocabulary whose ids at or above `limit` never win; `noise`: rows that it remembers, to begin with."""

@@ -14,6 +14,7 @@ from specedge.config import MAX_ROWS_PER_TREE
 from specedge.engine.cost import ALL, CostModel
 
 CHUNK_BESIDE_TREES = 64  # prompt rows in a step that also verifies, as long as the time of a step is not known
+LONG = 2.0  # seconds that a step of prompts alone takes at most: whoever connects is answered between steps, and gives up after 5
 STALL = 4  # empty steps that a step of prompts alone may take while rounds of others are expected
 LEAST = 16  # such rows at least, however many are verified: no prompt starves
 
@@ -125,10 +126,11 @@ def chunk(rows: int, answers: int, prompts: int, cost: CostModel | None) -> int:
 
 
 def chunk_alone(expected: bool, cost: CostModel | None) -> int:
-    """Prompt rows of a step without answers: a whole step, but for `expected`."""
-    if not expected or cost is None or not cost.confident:
+    """Prompt rows of a step without answers: a whole step, but for `expected` and `LONG`."""
+    if cost is None or not cost.confident:
         return ALL
-    return cost.room(0, (STALL - 1) * cost.predict(1, 0))
+    time = cost.predict(1, 0)
+    return max(LEAST, cost.room(0, min(LONG - time, (STALL - 1) * time) if expected else LONG - time))
 
 
 def owed_to_prompts(waiting: int, max_rows: int) -> int:

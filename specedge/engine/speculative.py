@@ -57,18 +57,12 @@ class SpeculativeEngine(TextEngine):
         if ours and theirs and ours.digest() != theirs.digest():
             raise PairError("draft and target have different tokenizers: a draft must share the target's vocabulary")
         self._texts: dict[Sequence, DraftedText] = {}
-        self._guard = Guard(target.guard)
-
-    @property
-    def guard(self) -> Guard:
-        """Held by the thread that uses this engine, and with it the target's."""
-        return self._guard
+        self.guard = Guard(target.guard)  # who holds it holds the target's
 
     @alone
     def begin(self, tokens: list[int], params: SamplingParams) -> Text:
         """Begin one text, with a session in the drafter if there is room. Raises RequestError if it can never be served."""
-        if self.drafter.closed:
-            raise UseError("the drafter of this engine is closed: load it again")
+        self._check_drafter()
         params = params.with_seed()
         output = Output(self.tokenizer, len(tokens), params)
         sequence = self.engine.open(tokens, params)
@@ -78,22 +72,29 @@ class SpeculativeEngine(TextEngine):
         text = self._texts[sequence] = DraftedText(sequence, output, session=session)
         return text
 
-    @alone
+    def _check_drafter(self) -> None:
+        if self.drafter.closed:
+            raise UseError("the drafter of this engine is closed: load it again")
+
     def advance(self) -> None:
         """Grow the trees that nobody waits for yet, offer them, verify them."""
-        drafting = [t for t in self._texts.values() if t.session and t.sequence.tree is None]
-        for text in drafting:
-            assert text.session is not None
+        with self.guard.step():
+            self._check_drafter()
+            self._advance()
+
+    def _advance(self) -> None:
+        drafting = [(t, t.session) for t in self._texts.values() if t.session and t.sequence.tree is None]
+        for text, session in drafting:
             unwanted = text.sequence.acceptance.budget == 0
-            if unwanted != text.session.asleep:
-                self.drafter.sleep(text.session, unwanted)
-        while not self.drafter.ready(*(t.session for t in drafting if t.session)) and self.drafter.grow():
+            if unwanted != session.asleep:
+                self.drafter.sleep(session, unwanted)
+        while not self.drafter.ready(*(session for _, session in drafting)) and self.drafter.grow():
             pass
-        for text in drafting:
-            assert text.session is not None
-            tree = self.drafter.submit(text.session, self.drafter.size(text.session, text.sequence.acceptance.budget))
+        for text, session in drafting:
+            tree = self.drafter.submit(session, self.drafter.size(session, text.sequence.acceptance.budget))
             text.offered = len(tree)
             self.engine.offer(text.sequence, tree)
+        self.engine.make_room()
         begun = time.perf_counter()
         verdicts = self.engine.step()
         seconds, rows = time.perf_counter() - begun, self.engine.rows

@@ -4,12 +4,13 @@ Engine and SpeculativeEngine say how a text begins, how all of them advance and 
 of rows, pages or drafts. Invariants: a text is ended whatever becomes of its caller, so nothing stays behind; one thread at a time gets in.
 """
 
-import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
+from threading import RLock
 from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from tqdm import tqdm
@@ -38,40 +39,59 @@ class Guard:
 
     def __init__(self, shared: "Guard | None" = None) -> None:
         self.closed = False
-        if shared is None:
-            self._lock, self._owed = threading.RLock(), deque[Callable[[], None]]()
-        else:
-            self._lock, self._owed = shared._lock, shared._owed
+        self._room: Room = Room() if shared is None else shared._room
 
     def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
+        if not self._room.lock.acquire(blocking=False):
             raise UseError("another thread is using this engine: let it finish, or share the engine through an AsyncEngine or a Server")
         if self.closed:
-            self._lock.release()
+            self._room.lock.release()
             raise UseError("this engine is closed: load it again")
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self._room.lock.release()
 
     def soon(self, action: Callable[[], None]) -> None:
-        """Run `action` now if no other thread is inside, else leave it to that one's next step: what must neither wait nor fail, as cancelling."""
-        if self._lock.acquire(blocking=False):
+        """Run `action` now if no other thread is inside and no step under way, else leave it to the next step: what must neither wait nor fail, as
+        cancelling. A thread may ask in the middle of its own step, for Python collects a dropped stream wherever it likes."""
+        if self._room.lock.acquire(blocking=False):
             try:
-                action()
+                if not self._room.steps:
+                    return action()
             finally:
-                self._lock.release()
-        else:
-            self._owed.append(action)
+                self._room.lock.release()
+        self._room.owed.append(action)
 
     @property
     def behind(self) -> bool:
-        """Whether other threads have left something to do."""
-        return bool(self._owed)
+        """Whether something was left to do."""
+        return bool(self._room.owed)
 
     def catch_up(self) -> None:
-        """Do what other threads have left to do."""
-        while self._owed:
-            self._owed.popleft()()
+        """Do what was left to do."""
+        while self._room.owed:
+            self._room.owed.popleft()()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Be inside, in a step: what is asked `soon` waits until it has ended."""
+        with self:
+            self._room.steps += 1
+            try:
+                yield
+            finally:
+                self._room.steps -= 1
+                if not self._room.steps:
+                    self.catch_up()
+
+
+@dataclass(slots=True)
+class Room:
+    """What guards share: who is inside, in how many steps (of a SpeculativeEngine, and of the Engine in it), and what is put off meanwhile."""
+
+    lock: RLock = field(default_factory=RLock)
+    owed: deque[Callable[[], None]] = field(default_factory=deque)
+    steps: int = 0
 
 
 def alone(method: Callable[Concatenate[E, P], R]) -> Callable[Concatenate[E, P], R]:
@@ -102,11 +122,7 @@ class TextEngine(ABC):
     """What Engine and SpeculativeEngine have in common. Close it, or use it as a context manager."""
 
     tokenizer: Tokenizer | None
-
-    @property
-    @abstractmethod
-    def guard(self) -> Guard:
-        """Held by the thread that uses the engine; who drives it for long holds it all the while."""
+    guard: Guard  # held by the thread that uses the engine; who drives it for long holds it all the while
 
     @abstractmethod
     def begin(self, tokens: list[int], params: SamplingParams) -> Text:

@@ -79,6 +79,10 @@ class Verifier:
             found.append(answer)
         return found
 
+    def forget(self) -> None:
+        """A call was interrupted: what it was about to cache is not there."""
+        self._sampler.noise.forget()
+
 
 class Scorer:
     """Runs a draft's batch and gives `best` children to each of its rows, trusting the draft by `tau`."""

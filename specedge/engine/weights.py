@@ -307,7 +307,7 @@ def load_weights(path: Path, config: ModelConfig, device: torch.device, dtype: t
             reader = Reader(shards(path), device, dtype, stack, bar.update)
             return assemble(reader.get, config, bits)
     except (MemoryError, RuntimeError) as e:  # torch has no type of its own for a CPU that is full
-        if "memory" not in str(e):
+        if not isinstance(e, MemoryError) and "memory" not in str(e):
             raise
         size = f"{sum(file.stat().st_size for file in shards(path)) / 1e9:.1f} GB of files"
         room = f"; the device has {torch.cuda.mem_get_info(device)[1] / 1e9:.1f} GB" if device.type == "cuda" else ""

@@ -522,7 +522,8 @@ def test_what_grows_in_flight_need_not_grow_before() -> None:
     """The more often a verdict keeps what has grown, the sooner a tree goes out."""
     d, world = paced()
     s = grown(d, [1, 2, 3], forwards=2)
-    d.pace.answered(0.05, Served(0.03, 8), 10)
+    d.pace.verify.observe(8, 10, 0.03)
+    d.pace.answered(0.02)
     d.pace.draft.observe(8, 10, world.base)
     need = d._gain(s)
     d._per_second = lambda s: 0.5 * need / d.pace.draft.predict(32, 10)  # type: ignore[method-assign]

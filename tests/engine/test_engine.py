@@ -1,5 +1,6 @@
 """The engine's text is a function of model, prompt, parameters and seed: not of neighbours, chunks, trees, page sizes or cancelled work."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,12 +10,14 @@ import torch
 
 import specedge.engine.engine as engine_module
 from specedge.config import EngineConfig, SamplingParams
+from specedge.engine import line
 from specedge.engine.engine import Engine
 from specedge.engine.line import TURN
 from specedge.engine.request import Account, Sequence, walk
+from specedge.engine.speculative import SpeculativeEngine
 from specedge.engine.texts import RequestError
 from specedge.tree import EMPTY, TreeError, make_tree
-from tests.helpers import byte_tokenizer, check_empty, engine, random_model, runner
+from tests.helpers import byte_tokenizer, check_empty, drafter, engine, random_model, runner
 
 
 @pytest.fixture(scope="module")
@@ -202,8 +205,10 @@ def test_nobody_waits_for_ever_beside_active_edges(model: Path, monkeypatch: pyt
     check_empty(e)
 
 
-def test_who_is_idle_makes_room_for_a_text(model: Path) -> None:
+@pytest.mark.parametrize("drafts", [False, True])
+def test_who_is_idle_makes_room_for_a_text(model: Path, monkeypatch: pytest.MonkeyPatch, drafts: bool) -> None:
     """Sequences that hold every page and want nothing: the latest gives its own up, and only as many do as it takes; no text changes."""
+    monkeypatch.setattr(line, "TURN", math.inf)  # at once, not when its turn is over
     params = SamplingParams(1.0, 20, seed=8)
     first, second, third = prompts(3, 9, 30)
     want = [engine(model).generate([p], params)[0].token_ids for p in (first, second, third)]
@@ -211,7 +216,8 @@ def test_who_is_idle_makes_room_for_a_text(model: Path) -> None:
     idle = [e.open(p, params) for p in (first, second)]
     while e.busy:
         e.step()
-    assert e.generate([third], params)[0].token_ids == want[2]
+    who = SpeculativeEngine(e, drafter(model)) if drafts else e
+    assert who.generate([third], params)[0].token_ids == want[2]
     assert [s.computed > 0 for s in idle] == [True, False] and not e.busy, "what was taken is not computed again unasked"
     for s in idle:
         e.run_until(s, s.limit)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from specedge import cli
 from specedge.config import DraftConfig, EngineConfig, SamplingParams, SpecedgeError
+from specedge.engine import weights as weights_module
 from specedge.engine.drafter import Drafter
 from specedge.engine.engine import Engine, RequestError
 from specedge.engine.speculative import PairError, SpeculativeEngine
@@ -516,6 +517,17 @@ def test_the_server_says_it_in_a_line(
     out, err = capsys.readouterr()
     assert (e.value.code, out, err.count("\n")) == (1, "", 1)
     assert sentence(err.removesuffix("\n"), folder).startswith("specedge-server: DIR")
+
+
+def test_memory_that_is_full_without_a_word(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own MemoryError says nothing at all."""
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(weights_module, "assemble", full)
+    with pytest.raises(SpecedgeError, match="does not fit the memory of cpu"):
+        Engine.from_pretrained(folder, device="cpu")
 
 
 def test_a_process_says_it_in_a_line(folder: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specedge.engine.pace import Pace, Rate, Served, gain, optimum
+from specedge.engine.pace import Pace, Rate, gain, optimum
 
 scores = st.lists(st.floats(0, 1), max_size=40).map(lambda s: sorted(s, reverse=True))
 
@@ -53,7 +53,8 @@ def test_one_long_round_is_not_believed() -> None:
     pace = Pace()
     assert not pace.known
     for seconds in (0.05, 0.06, 9.0, 0.05, 0.055):
-        pace.answered(seconds, Served(0.02, 8), 100)
+        pace.verify.observe(8, 100, 0.02)
+        pace.answered(seconds - 0.02)
     assert pace.known and pace.around == pytest.approx(0.035)
     assert pace.away(8, 100) == pytest.approx(0.055, rel=0.2)
 

@@ -143,6 +143,10 @@ def test_the_rhythm_follows_and_forgives() -> None:
     for _ in range(40):
         r.returned(0.02)
     assert r.gap == pytest.approx(0.02, rel=0.05)
+    for known in (Rhythm(), r):
+        known.returned(0.0)
+        known.returned(0.1)
+        assert known.gap > 0.0, "a tree that was there at once says nothing of the next"
     r.verified(31, 4)
     assert (r.rows, r.tokens) == (7.0, pytest.approx(1.6))
 

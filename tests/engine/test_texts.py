@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+from specedge import kernels
 from specedge.config import DraftConfig, EngineConfig, SamplingParams
 from specedge.engine import texts
 from specedge.engine.admission import Acceptance
@@ -191,6 +193,73 @@ def test_two_threads_at_once_get_a_sentence(make: Make, model: Path) -> None:
     assert got == engine(model).generate([[5]], PARAMS)[0].token_ids
     assert elsewhere(lambda: e.generate([[5]], PARAMS)[0].token_ids) == got, "one thread after the other may"
     check_empty(inner)
+
+
+def test_a_stream_may_be_dropped_in_the_middle_of_a_step(make: Make, model: Path) -> None:
+    """As by the garbage collector, which may run anywhere: the other text does not notice, and the dropped one is freed when the step has ended."""
+    e = make()
+    inner, run, mine = core(e), core(e).runner.run, e.stream([9, 9], PARAMS)
+    next(mine)
+
+    def interrupted(batch: object) -> object:
+        mine.close()
+        return run(batch)  # type: ignore[arg-type]
+
+    inner.runner.run = interrupted  # type: ignore[method-assign, assignment]
+    assert e.generate([[5]], PARAMS)[0].token_ids == engine(model).generate([[5]], PARAMS)[0].token_ids
+    assert not inner.guard.behind
+    check_empty(inner)
+
+
+def test_a_text_is_begun_in_one_go(make: Make) -> None:
+    """Between its sequence and its first step nobody else gets in."""
+    e, found = make(), list[object]()
+    opened = core(e).open
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        sequence = opened(*args, **kwargs)  # type: ignore[arg-type]
+        if not found:
+            found.append(None)
+            found[0] = elsewhere(lambda: e.generate([[1]], PARAMS))
+        return sequence
+
+    core(e).open = interrupted  # type: ignore[method-assign, assignment]
+    assert len("".join(str(c.token_ids) for c in e.stream([5], PARAMS))) > 20
+    assert isinstance(found[0], UseError)
+
+
+def test_an_interrupted_step_leaves_no_noise_that_was_never_drawn(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the noise of a step is drawn; asked again, the text is the same."""
+    want = engine(model).generate([[5]], PARAMS)[0].token_ids
+    e, fill, calls = engine(model), kernels.fill_noise, list[int]()
+
+    def interrupted(table: Tensor, fills: Tensor) -> None:
+        if len(fills):
+            calls.append(1)
+            if len(calls) == 3:
+                table[fills[:, 2], 7] = 1e9  # whatever is in the memory
+                raise KeyboardInterrupt
+        fill(table, fills)
+
+    monkeypatch.setattr(kernels, "fill_noise", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        e.generate([[5]], PARAMS)
+    assert e.generate([[5]], PARAMS)[0].token_ids == want
+    check_empty(e)
+
+
+def test_a_drafter_that_is_closed_under_its_texts(model: Path) -> None:
+    """A sentence, and nothing stays behind."""
+    both = SpeculativeEngine(engine(model), drafter(model))
+    one, other = both.stream([5], PARAMS), both.stream([6], PARAMS)
+    next(one), next(other)
+    both.drafter.close()
+    for stream in (one, other):
+        with pytest.raises(UseError, match="the drafter of this engine is closed: load it again"):
+            list(stream)
+    both.close()
+    check_empty(both.engine)
+    assert both.guard.closed
 
 
 def test_long_prompts_have_a_bar(make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
