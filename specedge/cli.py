@@ -7,6 +7,7 @@ wrong, 2 for wrong arguments, 130 for Ctrl-C.
 import argparse
 import dataclasses
 import json
+import os
 import signal
 import sys
 import threading
@@ -60,7 +61,7 @@ def _server_arguments(p: argparse.ArgumentParser) -> None:
     text = "the server that verifies, as it prints itself; several: the next one when one fails"
     p.add_argument("--server", required=True, action="append", default=[], metavar="specedge://HOST:PORT/?key=...", help=text)
     key, secret = _own_key(), "the secret key (default: ~/.config/specedge/edge.secret if it is there)"
-    p.add_argument("--key", type=Path, default=key if key.exists() else None, metavar="FILE", help=secret)
+    p.add_argument("--key", type=Path, default=key if os.path.exists(key) else None, metavar="FILE", help=secret)
 
 
 def _device_arguments(p: argparse.ArgumentParser) -> None:
@@ -105,7 +106,7 @@ def server() -> NoReturn:
     k = commands.add_parser("keygen", help="make the key of a server", description="Make a directory with a secret key. Prints the public one.")
     k.add_argument("directory", type=Path, metavar="DIR", help="for the key, and later for the list of authorised keys")
     k.set_defaults(run=_server_keygen)
-    a = commands.add_parser("authorize", help="let a key use a server", description="Add a key to a server's list, or change what it may.")
+    a = commands.add_parser("authorize", help="let a key use a server", description="Add a key to a server's list, or replace its line there.")
     a.add_argument("directory", type=Path, metavar="DIR", help="the directory that keygen made")
     a.add_argument("key", metavar="PUBLIC_KEY", help="as `specedge-edge keygen` printed it")
     a.add_argument("--name", required=True, help="whose it is: letters, digits, any of . _ @ -")
@@ -114,7 +115,7 @@ def server() -> NoReturn:
     a.add_argument("--rows-per-s", metavar="N", help="roots and drafted nodes that are verified for it per second (default: no limit)")
     a.add_argument("--prompt-tokens-per-s", metavar="N", help="prompt tokens that are computed for it per second (default: no limit)")
     a.add_argument("--in-flight", metavar="N", help="rounds that await their verdicts at a time (default: one for each text)")
-    a.add_argument("--connections", metavar="N", help="connections at a time (default: 1024)")
+    a.add_argument("--connections", metavar="N", help="connections at a time (default: 256)")
     a.add_argument("--expires", metavar="DATE", help="when it ends, such as 2030-12-31 or 2030-12-31T18:00 (UTC; default: never)")
     a.set_defaults(run=_authorize)
     r = commands.add_parser("revoke", help="let a key use a server no more", description="Take a key from a server's list; what it has open ends.")
@@ -132,7 +133,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     _settle_demo(args, "model")
     if args.demo == bool(args.model):
-        raise SpecedgeError("name one model: a directory, or --demo")
+        raise SpecedgeError("name one model: a directory, a hub id, or --demo")
     path = DEMO / "target" if args.demo else locate(args.model, args.revision)
     sizes = EngineConfig(kv_tokens=args.kv_tokens, max_rows=args.max_rows, admission=args.admission, gpu_share=args.gpu_share)
     engine = Engine.from_pretrained(path, device=args.device, dtype=args.dtype, sizes=sizes, progress=sys.stderr.isatty())
@@ -143,15 +144,17 @@ def _serve(args: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stop.set())
     if not args.keys and not is_private(serving.endpoint):
         _say("specedge-server: warning: other machines can reach this address, and nothing is encrypted or authenticated")
-    serving.start()
-    print(f"ready {serving.address}", flush=True)
-    while not stop.wait(1.0):
-        if not serving.alive:
-            serving.stop()
-            raise SpecedgeError("a thread of the server has died: see the error above, and start it again")
-    stop.clear()
-    _say("specedge-server: draining; a second signal ends it at once")
-    serving.stop(DRAIN, hurry=stop)
+    try:
+        serving.start()
+        print(f"ready {serving.address}", flush=True)
+        while not stop.wait(1.0):
+            if not serving.alive:
+                raise SpecedgeError("a thread of the server has died: see the error above, and start it again")
+        stop.clear()
+        _say("specedge-server: draining; a second signal ends it at once")
+        serving.stop(DRAIN, hurry=stop)
+    finally:
+        serving.close()  # also where nobody reads any more what is said here: its threads would run for ever
     return 0
 
 

@@ -162,6 +162,24 @@ def test_a_signal_ends_the_server(models: House, number: signal.Signals) -> None
         process.wait()
 
 
+@pytest.mark.parametrize("when", ["ready", "draining"])
+def test_a_server_to_whom_nobody_listens_ends(models: House, when: str) -> None:
+    """Its pipes are closed before it prints that it is ready, or before it says that it drains: it ends all the same."""
+    process = start("server", "serve", models.target, "--device", "cpu", "--listen", "tcp://127.0.0.1:0")
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        if when == "draining":
+            assert process.stdout.readline().startswith(b"ready ")
+        process.stdout.close()
+        process.stderr.close()
+        if when == "draining":
+            process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 1
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_signal_sends_texts_to_the_other_server(house: House) -> None:
     """SIGTERM to a process under two texts, one drafted: both go on at the server beside it with the same ids, and it ends well before its 30 s."""
     prompt, each = [1, 2, 3], [SamplingParams(0.8, 1000, seed=seed, ignore_eos=True) for seed in (1, 2)]
@@ -472,8 +490,8 @@ def test_failures_of_the_server(house: House, run: Runner) -> None:
         failed(run("server", *serve, "--listen", address), f"{re.escape(address)} can be reached from other machines.*--keys, .* or pass --insecure")
     taken = house.address.replace("specedge://", "tcp://")
     failed(run("server", *serve, "--listen", taken), f"cannot listen on {taken}: Address already in use")
-    failed(run("server", "serve"), "name one model: a directory, or --demo")
-    failed(run("server", *serve, "--demo"), "name one model: a directory, or --demo")
+    failed(run("server", "serve"), "name one model: a directory, a hub id, or --demo")
+    failed(run("server", *serve, "--demo"), "name one model: a directory, a hub id, or --demo")
     failed(run("server", *serve, "--max-rows", "1"), "max_rows is 1, but must be an integer between 2 and 65536")
     failed(run("server", *serve, "--kv-tokens", "0"), "kv_tokens is 0, but must be")
     failed(run("server", *serve, "--dtype", "float16"), "float16 is not served on a CPU")

@@ -232,7 +232,7 @@ def revoke(directory: Path, who: str) -> None:
 def _edit(directory: Path) -> Iterator[list[str]]:
     """The lines of a list, the last one being empty, to be changed in place; then the file is replaced as a whole. One at a time."""
     path = directory / LIST
-    if not (directory / SECRET).exists():
+    if not os.path.exists(directory / SECRET):
         raise AuthError(f"{directory} holds no {SECRET}: name the directory that `specedge-server keygen` made")
     try:
         lock = os.open(directory, os.O_RDONLY)

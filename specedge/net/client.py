@@ -105,15 +105,11 @@ class Connection:
         try:
             self.socket.connect(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
             self._shake_hands(timeout, own.public if own else "")
-            self.welcome = self._welcomed(timeout)
+            self.welcome = self.ask(timeout)
             self.socket.setsockopt(zmq.SNDTIMEO, 1000)  # from here on a full or lost connection is a fault
         except BaseException:
             self.close()
             raise
-
-    def ask(self, timeout: float = 5.0) -> wire.Welcome:
-        """Say HELLO and wait for the answer, forgetting what else comes meanwhile."""
-        return self._welcomed(timeout)
 
     def greet(self) -> None:
         """Say HELLO, which may be repeated at any time."""
@@ -137,7 +133,8 @@ class Connection:
                 raise ServerError(text, "server key")
         raise self._strange
 
-    def _welcomed(self, timeout: float) -> wire.Welcome:
+    def ask(self, timeout: float = 5.0) -> wire.Welcome:
+        """Say HELLO and wait for the answer, forgetting what comes before it."""
         end = time.monotonic() + timeout
         self.greet()
         while (left := end - time.monotonic()) > 0:

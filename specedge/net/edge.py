@@ -99,6 +99,7 @@ class Edge:
         self._knock.setblocking(False)
         self._texts: dict[bytes, Text] = {}
         self._moved = 0.0  # when a text last got on
+        self._greeted = 0.0  # when HELLO was last said because the server asked for it
         self._closing = False
         self._failure: SpecedgeError | None = None  # why the worker ended, unless it was told to
         started: queue.SimpleQueue[wire.Welcome | BaseException] = queue.SimpleQueue()
@@ -161,6 +162,8 @@ class Edge:
         batch = is_batch(priority)
         if params.logprobs is not None:
             raise ValueError(f"logprobs is {params.logprobs}, but must be None here: only token ids cross the network; ask an Engine for them")
+        if not isinstance(prompt, str | list):
+            raise ServerError(f"{str(prompt)[:60]!r} is no prompt: give a string or a list of token ids, and several of them as a list")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ServerError("there is no tokenizer here: name a draft, or a tokenizer, or give the prompt as token ids")
@@ -382,13 +385,20 @@ class Edge:
         if isinstance(message, wire.Welcome):
             self._expect(message)
         text = self._texts.get(getattr(message, "session", b""))
+        refused = isinstance(message, wire.Error) and (message.session == wire.NO_SESSION or (message.code == "key" and self._link.others))
+        if isinstance(message, wire.Error) and refused:
+            self._link.lose(ServerError(f"the server refuses: {message.text}", message.code))
+            return
+        if isinstance(message, wire.Busy) and message.session == wire.NO_SESSION:  # no place for this connection, so for none of its texts
+            for text in self._places():
+                text.rounds.take(message, time.monotonic())
+            return
         if text is None:
-            if isinstance(message, wire.Error) and message.session == wire.NO_SESSION:
-                self._link.lose(ServerError(f"the server refuses: {message.text}", message.code))
             return  # of a text that has ended
         s = text.output.speculation
         text.output.speculation = replace(s, bytes_down=s.bytes_down + size)
-        if isinstance(message, wire.Error) and message.code == "hello":
+        if isinstance(message, wire.Error) and message.code == "hello" and time.monotonic() - self._greeted >= 1:
+            self._greeted = time.monotonic()  # a server that has no place for this connection says so each time, and counts
             self._link.greet()
         try:
             step = text.rounds.take(message, time.monotonic())

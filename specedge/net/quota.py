@@ -5,6 +5,7 @@ sockets or engines; the clock is the caller's. Invariant: what an account is usi
 step, which are charged once they are known and paid for by waiting.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from specedge.engine import request
@@ -63,6 +64,7 @@ class Usage:
     kv_tokens: int = 0
     in_flight: int = 0
     wait: float = 0.0  # seconds until it has paid for what it used
+    took: float = -math.inf  # when it last took a place from another account
     _verified: Bucket = field(default_factory=Bucket)
     _prompt: Bucket = field(default_factory=Bucket)
 

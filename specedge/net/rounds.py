@@ -65,7 +65,7 @@ class Rounds:
     _open: bool = False  # the server has, or is about to have, the session
     _asked: bool = False  # it may have it, and was asked
     _server: str = ""  # where it was opened last
-    _at: float = 0.0  # when to speak next
+    next: float = 0.0  # when `speak` will have something to say
     _rebuilds: int = 0
     _full: float = -PLACE  # when the server last said that it was
 
@@ -80,30 +80,25 @@ class Rounds:
         if not self._asked:
             self.ahead = 0  # until the next round: another server knows nothing of what grew until now
         self.known = self.known and self._asked
-        self._server, self._at = server, now
+        self._server, self.next = server, now
 
     def offer(self, tree: TokenTree, until: int, now: float) -> None:
         """Begin the next round. `until`: the length to which the server is to decode on by itself; 0: no further than the tree."""
         self.round, self.sent, self.until, self._said = self.round + 1, tree, min(until, self.limit), False
         self.since, self.nodes = self.round, len(tree)
         if self._open:
-            self._at = self.heard = now
+            self.next = self.heard = now
 
     @property
     def tells(self) -> bool:
         """Whether the server wants to hear what grows."""
         return self.ahead > 0 and self._said and self.sent is not None
 
-    @property
-    def next(self) -> float:
-        """When `speak` will have something to say."""
-        return self._at
-
     def speak(self, now: float, lease: float) -> list[wire.Message]:
         """What has to be said by now; nothing, most of the time. `lease`: seconds for which the session may be silent."""
-        if now < self._at:
+        if now < self.next:
             return []
-        self._at, self.known = now + RESEND, True
+        self.next, self.known = now + RESEND, True
         if self._asked:
             return [wire.Resume(self.id)]
         messages = [] if self._open else self._opening()
@@ -114,7 +109,7 @@ class Rounds:
         elif not messages:
             messages.append(wire.Lease(self.id))
         if self.sent is None:
-            self._at = now + lease / 3
+            self.next = now + lease / 3
         return messages
 
     def grown(self, first: int, nodes: list[tuple[int, int, int]]) -> wire.Message:
@@ -144,13 +139,13 @@ class Rounds:
                 self._asked, self.heard = False, now
                 # a session that is not where this text left it belongs to a connection that was overtaken
                 self._open = m.length >= len(self.tokens) and self.round - 1 <= m.round and (m.round <= self.round or self.ahead > 0)
-                self._at = now
+                self.next = now
             case wire.NeedPrefill() | wire.Gone() if self._asked:
-                self._asked, self._open, self._at, self.ahead = False, False, now, 0
+                self._asked, self._open, self.next, self.ahead = False, False, now, 0
             case wire.Busy() if m.round in (0, self.round):
                 self.why, self._open, self._said = m.text, self._open and m.round > 0, False
-                self._at = now + m.retry_ms / 1000 * random.uniform(1, 2)
-                self._full = max(now, self._at - PATIENCE / 2)  # whoever is told to come back in minutes will hear nothing until then
+                self.next = now + m.retry_ms / 1000 * random.uniform(1, 2)
+                self._full = max(now, self.next - PATIENCE / 2)  # whoever is told to come back in minutes will hear nothing until then
             case wire.Error() if m.round in (0, self.round):
                 self._error(m, now)
         return None
@@ -181,7 +176,7 @@ class Rounds:
         if m.round == self.round:
             self.heard = now
             if m.base <= known:  # what comes behind a gap must not put off the repeat that closes it
-                self._at = now + RESEND
+                self.next = now + RESEND
         if self.sent is None or m.round != self.round or m.base != known:
             return None  # of a round that is answered, or a gap, which the next repeat closes
         if not (m.tokens or m.finish):
@@ -206,10 +201,11 @@ class Rounds:
 
     def _error(self, m: wire.Error, now: float) -> None:
         if m.code == "hello":  # forgotten, perhaps with its session
-            self._asked, self._open, self._at = True, False, now
+            again = self._asked  # it has no place for this connection, then: HELLO is said again, and takes its time
+            self._asked, self._open, self.next = True, False, now + random.uniform(1, 2) * again
         elif m.code == "draining":
             self.why, self._open = m.text, False
-            self._at = now + WHILE_DRAINING * random.uniform(1, 2)
+            self.next = now + WHILE_DRAINING * random.uniform(1, 2)
         elif m.code not in REBUILD:
             raise ServerError(f"the server refuses: {m.text}", m.code)
         elif self._open:  # else it is known already that the server lacks it
@@ -217,4 +213,4 @@ class Rounds:
             if self._rebuilds > REBUILDS:
                 raise ServerError(f"the server refuses: {m.text}", m.code)
             self._open = False
-            self._at = now + (random.uniform(0, 0.05 * 2**self._rebuilds) if self._rebuilds > 1 else 0.0)
+            self.next = now + (random.uniform(0, 0.05 * 2**self._rebuilds) if self._rebuilds > 1 else 0.0)

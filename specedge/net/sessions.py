@@ -21,15 +21,17 @@ from specedge.engine.cost import Law
 from specedge.engine.engine import Engine
 from specedge.engine.mirror import Mirror, catch_up, go_on
 from specedge.engine.texts import RequestError
-from specedge.net import wire
+from specedge.net import checks, wire
+from specedge.net.checks import Refused
 from specedge.net.quota import RETRY_FULL, Full, Quota, Usage
 from specedge.net.sampling import unpack_sampling
 from specedge.net.wire import Error, Message
-from specedge.tree import MAX_NODES, TokenTree, TreeError
+from specedge.tree import MAX_NODES, TreeError
 
 log = logging.getLogger(__name__)
 SURVIVABLE = ("round", "base", "session")  # errors that leave their session as it was
 MEMORY, REMEMBERED = 600.0, 4096  # for so many seconds, and so many of them, sessions that have lapsed are known
+TAKES = 1.0  # seconds between two places that an account takes from others
 PAUSE = 2.0  # seconds without a round, longer than between two, after which a session makes room for those that wait
 Key = tuple[str, bytes]  # (user, session)
 
@@ -47,14 +49,6 @@ class Peer(NamedTuple):
 
 
 Reply = tuple[Peer, Message]
-
-
-class Refused(Exception):
-    """A message that breaks a rule: the code and the sentence to answer it with."""
-
-    def __init__(self, code: str, text: str) -> None:
-        super().__init__(text)
-        self.code, self.text = code, text
 
 
 def _check_base(s: request.Sequence, m: wire.Draft) -> None:
@@ -103,6 +97,7 @@ class Sessions:
     _owner: dict[request.Sequence, Remote] = field(default_factory=dict)
     _lapsed: OrderedDict[Key, float] = field(default_factory=OrderedDict)  # when they did, the latest last
     _usage: dict[str, Usage] = field(default_factory=dict)  # of every account that was ever here: as many as there are keys
+    _told: list[Reply] = field(default_factory=list)  # what others must hear of a message
 
     @property
     def _max_nodes(self) -> int:
@@ -116,21 +111,24 @@ class Sessions:
         return self._ends is not None
 
     def handle(self, peer: Peer, message: Message, now: float) -> list[Reply]:
-        """Take one message of `peer`; `now` in seconds of any steady clock."""
-        session, number = getattr(message, "session", wire.NO_SESSION), getattr(message, "round", 0)
-        number = 0 if isinstance(message, wire.Open) else number
+        """Take one message of `peer`; `now` in seconds of any steady clock. The answers may be for others, too."""
+        told = self._told = []
+        return [*((peer, m) for m in self._answers(peer, message, now)), *told]
+
+    def _answers(self, peer: Peer, message: Message, now: float) -> list[Message]:
+        session, number = getattr(message, "session", wire.NO_SESSION), 0 if isinstance(message, wire.Open) else getattr(message, "round", 0)
         try:
-            return [(peer, m) for m in self._dispatch(peer, message, now)]
+            return self._dispatch(peer, message, now)
         except Refused as e:
             if e.code not in SURVIVABLE:
                 self._drop_own(peer, session)
-            return [(peer, Error(session, e.code, e.text[:300], number))]
+            return [Error(session, e.code, e.text[:300], number)]
         except Full as e:
-            return [(peer, wire.Busy(session, e.retry_ms, e.text[:300], number))]
+            return [wire.Busy(session, e.retry_ms, e.text[:300], number)]
         except Exception:
             log.exception("a %s failed", type(message).__name__)
             self._drop_own(peer, session)
-            return [(peer, Error(session, "internal", "the server failed on this session and dropped it: open it again"))]
+            return [Error(session, "internal", "the server failed on this session and dropped it: open it again")]
 
     def verdicts(self, found: list[request.Verdict], now: float, spent: float) -> list[Reply]:
         """Messages for what a step of `spent` seconds found."""
@@ -161,8 +159,7 @@ class Sessions:
         but its connection must have said something: a batch round may wait for as long as interactive ones fill every step."""
         for key in [k for k, r in self._table.items() if now - max(r.heard, self._peers.get(r.peer, 0.0) if r.flying else 0.0) > self.lease]:
             self._lapse(key, now)
-        busy = {r.peer for r in self._table.values()}
-        for peer in [p for p, heard in self._peers.items() if p not in busy and now - heard > self.lease]:
+        for peer in [p for p in self._idle() if now - self._peers[p] > self.lease]:
             self.forget(peer, now)
         pausing = sorted((r for r in self._table.values() if now - r.moved > PAUSE), key=lambda r: r.moved)
         while pausing and self.engine.starved:
@@ -223,6 +220,11 @@ class Sessions:
             return self._grown(remote, message, now)
         return self._prompt(remote, message) if isinstance(message, wire.Prompt) else self._draft(remote, message, now)
 
+    def _idle(self) -> list[Peer]:
+        """Connections that have nothing open."""
+        busy = {r.peer for r in self._table.values()}
+        return [p for p in self._peers if p not in busy]
+
     def _hello(self, peer: Peer, m: wire.Hello, now: float) -> list[Message]:
         e, pool = self.engine, self.engine.pool
         tokenizer = e.tokenizer.digest() if e.tokenizer else b""
@@ -232,6 +234,8 @@ class Sessions:
         usage = self._usage.setdefault(peer.user, Usage(quota, request.Account(peer.user.encode())))
         usage.quota = quota  # which may be another one by now
         if peer not in self._peers:
+            if usage.connections >= quota.connections > 0 and (idle := [p for p in self._idle() if p.user == peer.user]):
+                self.forget(min(idle, key=self._peers.__getitem__), now)  # it may have ended long ago; if not, it says HELLO again
             usage.connect()
         self._peers[peer] = now
         limits = wire.Limits(self._max_nodes, e.runner.context, min(self.max_sessions, quota.sessions or self.max_sessions))
@@ -255,42 +259,44 @@ class Sessions:
             raise Refused("length", f"{asked} exceed this server's context of {self.engine.runner.context}: shorten one of them")
         remote = Remote(peer, usage, m, now, now, [], m.round)
         self._drop(key)  # an earlier life of it
-        self._admit(usage, remote, now)
+        self._admit(remote, now)
         self._table[key] = remote
         usage.sessions += 1
         usage.kv_tokens += remote.kv_tokens
-        return self._known(remote, m.tokens)
+        return self._known(remote, checks.ids(m.tokens, self.engine.vocab))
 
-    def _admit(self, usage: Usage, r: Remote, now: float) -> None:
+    def _admit(self, r: Remote, now: float) -> None:
         """Raise unless there is a place for one more session, by what it may need at most."""
-        if r.kv_tokens > (most := usage.quota.kv_tokens) > 0:
+        if r.kv_tokens > (most := r.usage.quota.kv_tokens) > 0:
             raise Refused("quota", f"prompt and max_tokens make {r.kv_tokens} tokens, this account may hold {most}: shorten one of them")
-        usage.check_session(r.kv_tokens)
-        if len(self._table) >= self.max_sessions and not self._yield_place(usage, r, now):
+        r.usage.check_session(r.kv_tokens)
+        if len(self._table) >= self.max_sessions and not self._yield_place(r, now):
             raise Full(f"all {self.max_sessions} sessions of this server are taken", RETRY_FULL)
 
-    def _yield_place(self, usage: Usage, r: Remote, now: float) -> bool:
+    def _yield_place(self, r: Remote, now: float) -> bool:
         """Where every place is taken, the account that has most of them gives one up, if it has more than whoever asks would have: that of the
-        session which has not moved for longest, one that awaits its verdict last. Its edge opens it again, and waits for a place if need be. Else
-        one key could keep all others out."""
+        session which has not moved for longest, one that awaits its verdict last. Its edge is told, opens it again, and waits for a place if need
+        be. Else one key could keep all others out; and so it could by taking places only to leave them, but for a place a second at most."""
         most = max(self._usage.values(), key=lambda u: u.sessions)
-        if most.sessions <= usage.sessions + 1:
+        if most.sessions <= r.usage.sessions + 1 or now - r.usage.took < TAKES:
             return False
-        self._ids(r.opened.tokens)  # nobody loses a place to what will be refused
-        self._lapse(min((r.flying, r.moved, k) for k, r in self._table.items() if r.usage is most)[2], now)
+        checks.ids(r.opened.tokens, self.engine.vocab)  # nobody loses a place to what will be refused
+        r.usage.took = now
+        key = min((r.flying, r.moved, k) for k, r in self._table.items() if r.usage is most)[2]
+        self._told.append((self._table[key].peer, Error(key[1], "session", "another account needed the place of this session: open it again")))
+        self._lapse(key, now)
         return True
 
     def _prompt(self, r: Remote, m: wire.Prompt) -> list[Message]:
-        ids = self._ids(m.tokens)
+        ids = checks.ids(m.tokens, self.engine.vocab)
         if r.opened.length >= m.offset + len(ids) and ids == r.tokens[m.offset : m.offset + len(ids)]:
             return []  # came twice
         if m.offset != len(r.tokens):
             raise Refused("offset", f"PROMPT starts at {m.offset}, but {len(r.tokens)} of {r.opened.length} tokens are here")
-        return self._known(r, m.tokens)
+        return self._known(r, ids)
 
-    def _known(self, r: Remote, data: bytes) -> list[Message]:
+    def _known(self, r: Remote, ids: list[int]) -> list[Message]:
         """Take more known tokens; open the sequence when the last has come."""
-        ids = self._ids(data)
         if len(r.tokens) + len(ids) > r.opened.length:
             raise Refused("offset", f"more than the {r.opened.length} tokens that OPEN announced")
         r.tokens += ids
@@ -321,7 +327,7 @@ class Sessions:
         # an edge may not know how far the server has gone by itself; every round has brought a token, so one that has them all begins another
         behind = r.ahead and 0 < m.round <= r.round
         new = m.round == r.round + 1 or (behind and not r.flying and not s.finish and m.base == len(s.tokens))
-        if m.round == r.missing > 0:
+        if m.round == r.missing > 0 or (0 < m.round < r.missing and m.base == r.base):  # less where verdicts were lost: then its number holds
             if not m.ahead:
                 return self._left(r, m)
             if r.flying and m.base == r.base:
@@ -331,7 +337,7 @@ class Sessions:
         if r.flying or not new:
             raise Refused("round", f"round {m.round} came, but round {r.round} {'awaits its verdict' if r.flying else 'was the last'}")
         _check_base(s, m)
-        tree = self._tree(m)
+        tree = checks.tree(m, self.engine.vocab)
         r.usage.check_round()
         r.round, r.base, r.missing, r.taken, r.ahead, r.mirror, r.unasked = m.round, m.base, 0, now, m.ahead > 0, None, False
         if not s.finish:
@@ -348,8 +354,8 @@ class Sessions:
         """Take the tree that was asked for, of a round that has begun without it. It is verified in place of the other, if that is not yet, and its
         rows number the nodes from here on."""
         assert r.sequence is not None
-        tree = self._tree(m)
-        r.missing, r.unasked, r.mirror = 0, False, Mirror(tree, m.round, m.ahead)
+        tree = checks.tree(m, self.engine.vocab)
+        r.round, r.missing, r.unasked, r.mirror = m.round, 0, False, Mirror(tree, m.round, m.ahead)
         if r.sequence.tree is not None:
             self.engine.offer(r.sequence, tree, now)
         return []
@@ -362,27 +368,20 @@ class Sessions:
         r.round, r.missing, r.ahead, r.mirror, r.unasked = m.round, 0, False, None, False
         if not s.finish:
             self.engine.run_until(s, min(m.run_until, s.limit))
-        return [self._catch_up(r, m.round, m.base)] if m.base < len(s.tokens) else []
-
-    def _tree(self, m: wire.Draft) -> TokenTree:
-        try:
-            tree = wire.unpack_tree(m)
-            tree.check(self.engine.vocab)
-        except (TreeError, wire.WireError) as e:
-            raise Refused("tree", f"{e}") from None
-        return tree
+        if m.base == len(s.tokens):
+            return []
+        s.tree = None  # of a round that the edge does not know of
+        self._fly(r, False)
+        return [self._catch_up(r, m.round, m.base)]
 
     def _grown(self, r: Remote, m: wire.Grown, now: float) -> list[Message]:
         """Take what has grown at the edge, if the server may go on with it; and go on, if that was all that was missing."""
         if r.mirror is None or r.sequence is None:
             return []
         try:
-            tokens, parents, steps = wire.unpack_nodes(m)
-            if tokens and max(tokens) >= self.engine.vocab:
-                raise TreeError(f"a node carries token {max(tokens)}, which is outside the vocabulary of {self.engine.vocab}")
-            r.mirror.add(m.since, m.first, tokens, parents, steps)
-        except (TreeError, wire.WireError) as e:
-            raise Refused("tree", f"{e}") from None
+            r.mirror.add(m.since, m.first, *checks.nodes(m, self.engine.vocab))
+        except TreeError as e:
+            raise Refused("tree", str(e)) from None
         if not r.flying and not r.usage.must_ask and catch_up(self.engine, r.sequence, r.mirror, now):
             self._begun(r, now)
             r.missing = r.round
@@ -451,15 +450,6 @@ class Sessions:
     def _goaway(self, now: float) -> Message:
         assert self._ends is not None
         return wire.GoAway(max(0, int((self._ends - now) * 1000)))
-
-    def _ids(self, data: bytes) -> list[int]:
-        try:
-            ids = wire.unpack_ids(data)
-        except wire.WireError as e:
-            raise Refused("frame", str(e)) from None
-        if len(ids) and int(ids.max()) >= self.engine.vocab:
-            raise Refused("token", f"token {int(ids.max())} is outside the vocabulary of {self.engine.vocab}")
-        return ids.tolist()  # type: ignore[no-any-return]
 
     def _fly(self, r: Remote, flying: bool) -> None:
         r.usage.in_flight += flying - r.flying

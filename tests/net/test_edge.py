@@ -642,6 +642,11 @@ def test_an_edge_believes_what_the_server_says_of_its_rows(draft: Drafter, monke
         assert seen and all(s == Served(0.05, 40, 37) for s in seen)
 
 
+def test_ids_that_are_no_list_of_prompts(server: Server) -> None:
+    with Edge(server.address) as edge, pytest.raises(ServerError, match="'1' is no prompt: give a string or a list of token ids, and several"):
+        edge.generate([1, 2, 3])  # type: ignore[list-item]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # a real server
 

@@ -297,6 +297,35 @@ def test_a_revoked_key_is_not_heard(oracle: Engine, server: Server, home: Path) 
         ann.send(wire.Close(X))
 
 
+def test_a_revoked_key_is_taken_elsewhere(model: Path, oracle: Engine, server: Server, home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The next server knows it still: the text goes on there, with the same ids."""
+    other = tmp_path_factory.mktemp("other")
+    generate(other / auth.SECRET)
+    authorize(other, load(home / "ann").public, name="ann")
+    with serving(model, other) as second, Edge([server.address, second.address], key=home / "ann") as edge:
+        stream = edge.stream(PROMPT, LONG)
+        ids = next(stream).token_ids
+        revoke(home, "ann")
+        ids += [i for chunk in stream for i in chunk.token_ids]
+        assert ids == oracle.generate([PROMPT], LONG)[0].token_ids and edge._link.address == second.address.partition("/?")[0]
+
+
+def test_an_edge_waits_for_a_connection(oracle: Engine, server: Server, home: Path) -> None:
+    """Its key may have one, and another edge uses it: it says so little that the key is not muted, and goes on once there is room."""
+    authorize(home, load(home / "ann").public, name="ann", connections="1")
+    until(lambda: server._quota(load(home / "ann").public).connections == 1, "the new limit")
+    params = SamplingParams(max_tokens=12)
+    with Edge(server.address, key=home / "ann") as first, Keyed(server, home / "ann") as second:
+        second.open()  # `first`, which has nothing open, made way
+        waiting = background(first.generate, [PROMPT], params)
+        until(lambda: any("all 1 connections" in t.rounds.why for t in first._texts.values()), "what holds it up")
+        with pytest.raises(TimeoutError):
+            waiting.result(2.5)
+        second.send(wire.Close(X))
+        (done,) = waiting.result(PATIENCE)
+    assert done.token_ids == oracle.generate([PROMPT], params)[0].token_ids and done.speculation.bytes_up < 30 * 512
+
+
 def test_a_flood_of_one_key_is_one_flood(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over several connections, and over those that come after; other keys are heard."""
     monkeypatch.setattr("specedge.net.doorman.SAVED", 50.0)

@@ -12,7 +12,7 @@ import pytest
 from specedge.engine.engine import Engine
 from specedge.net import wire
 from specedge.net.quota import BURST, WAIT, Bucket, Quota
-from specedge.net.sessions import MEMORY, REMEMBERED, Peer, Sessions
+from specedge.net.sessions import MEMORY, REMEMBERED, TAKES, Peer, Sessions
 from specedge.net.wire import (
     Busy,
     Cancel,
@@ -264,12 +264,16 @@ def test_rounds_in_flight_of_an_account(desk: Desk) -> None:
 
 
 def test_connections_of_an_account(desk: Desk) -> None:
+    """One that has nothing open makes way, for the server does not see it end."""
     limit(desk, "ada", connections=2)
     third = Peer(b"third", "ada")
+    desk.open(X)
+    desk.open(Y, peer=AGAIN)
     assert busy(desk.say(Hello("test", b""), third), wire.NO_SESSION).text.startswith("all 2 connections")
     refused(desk.say(opening(Z), third), "hello", Z)
-    desk.sessions.forget(AGAIN, desk.now)
+    desk.say(Close(Y), AGAIN)
     desk.hello(third)
+    refused(desk.say(opening(Z), AGAIN), "hello", Z)
     desk.sessions.forget(third, desk.now)
 
 
@@ -290,11 +294,16 @@ def test_no_account_keeps_the_others_out(desk: Desk) -> None:
     desk.draft(X, 1)
     desk.run()  # now Y has not moved for longest
     desk.now += 1
-    assert desk.say(opening(W), BOB) == [Opened(W, len(PROMPT))]
+    opened, (to, evicted) = desk.sessions.handle(BOB, opening(W), desk.now)
+    assert to == ADA and opened == (BOB, Opened(W, len(PROMPT)))
+    refused([evicted], "session", Y)
     assert desk.say(Resume(Y)) == [NeedPrefill(Y)] and desk.say(Resume(X)) == [Resumed(X, len(PROMPT) + 1, 1)]
     assert busy(desk.say(opening(Y)), Y).text.startswith("all 3 sessions of this server"), "ada has her share"
     assert busy(desk.say(opening(V), BOB), V).text.startswith("all 3 sessions of this server"), "bob would have no fewer than ada"
     assert desk.say(Cancel(W), BOB) == [] and desk.say(opening(Y)) == [Opened(Y, len(PROMPT))]
+    assert busy(desk.say(opening(W), BOB), W).text.startswith("all 3 sessions of this server"), "he took a place less than a second ago, and left it"
+    desk.now += TAKES
+    assert desk.sessions.handle(BOB, opening(W), desk.now)[:1] == [(BOB, Opened(W, len(PROMPT)))]
 
 
 def test_what_asks_for_no_row_moves_nothing(desk: Desk) -> None:

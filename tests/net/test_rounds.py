@@ -248,6 +248,8 @@ def test_a_server_that_goes_down_is_asked_again_later(opened: Rounds) -> None:
 def test_who_was_forgotten_asks(opened: Rounds) -> None:
     opened.take(Error(opened.id, "hello", "who are you", 1), 1.0)
     assert kinds(opened, 1.0) == [Resume]
+    opened.take(Error(opened.id, "hello", "who are you"), 1.1)
+    assert kinds(opened, 2.05) == [] and kinds(opened, 3.1) == [Resume], "the server had no place for the HELLO in between"
 
 
 def test_a_long_text_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

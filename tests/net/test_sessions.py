@@ -604,6 +604,46 @@ def test_a_late_round_is_left_to_the_server_after_all(desk: Desk, when: str) -> 
     assert {m.round for m in desk.run()} == {2} and desk.texts[X] == PROMPT + ids
 
 
+def test_who_leaves_late_rounds_behind_may_draft_again(desk: Desk) -> None:
+    """What is told reaches its `run_until`: the server waits for a tree, and has none of its own in the way."""
+    ids = desk.ids()
+    behind(desk, ids)
+    desk.say(grown(ids[2:5]))
+    desk.say(grown(ids[5:8], 8, 7))
+    ((_, second),) = desk.step()
+    assert isinstance(second, Verdict) and second.next == 3
+    (told,) = desk.draft(X, 2, base=len(PROMPT) + 3, until=len(PROMPT) + 4)
+    desk.take(told)
+    assert desk.texts[X] == PROMPT + ids[:6] and not desk.engine.busy
+    assert desk.draft(X, 3, likely(ids[6:8])) == []
+    ((_, third),) = desk.step()
+    assert isinstance(third, Verdict) and (third.round, unpack_ids(third.tokens).tolist(), third.verified) == (3, ids[6:9], 5)
+
+
+@pytest.mark.parametrize("until", [0, CONTEXT])
+def test_a_late_round_of_an_edge_that_lost_verdicts(desk: Desk, until: int) -> None:
+    """Its numbers are behind; what it says builds on all tokens, so it is of that round, whose number is then what the edge takes it for."""
+    ids = desk.ids()
+    growing(desk, ids)
+    desk.say(grown(ids[2:5]))
+    lost = [m for _ in range(2) for _, m in desk.step()]
+    assert [(m.round, m.next) for m in lost if isinstance(m, Verdict)] == [(1, 2), (2, 0)]
+    (told,) = desk.draft(X, 1, base=len(PROMPT))
+    assert isinstance(told, Verdict) and (told.round, unpack_ids(told.tokens).tolist(), told.next) == (1, ids[:6], 0)
+    desk.take(told)
+    assert desk.say(grown(ids[5:8], 8, 7)) == [] and desk.engine.busy
+    if until:
+        assert desk.draft(X, 2, until=until) == []
+        assert {m.round for m in desk.run()} == {2} and desk.texts[X] == PROMPT + ids
+        return
+    tree = likely(ids[6:8])
+    assert desk.say(Draft(X, 2, len(desk.texts[X]), pack_ids(tree.tokens), tree.parents.tobytes(), 0, MAX_NODES)) == []
+    ((_, third),) = desk.step()
+    assert isinstance(third, Verdict) and (third.round, unpack_ids(third.tokens).tolist(), third.verified) == (2, ids[6:9], 5)
+    desk.take(third)
+    assert desk.finish(X, 3) == ids[9:]
+
+
 def test_a_repeat_of_a_late_round_that_was_told_is_no_tree(desk: Desk) -> None:
     """An edge that has missed verdicts knows of it, and goes on with what the server has."""
     ids = desk.ids()
