@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both make .venv and install into it first; pip shows its progress. `make bench-gpu` installs nothing.
+# For everybody: `make demo` and `make test`. All but bench-gpu and clean make .venv first and install into it, a CPU build of torch; pip shows its progress.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --disable-pip-version-check --constraint constraints.txt

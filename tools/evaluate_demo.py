@@ -93,7 +93,7 @@ Python source of the kind that is in Python's own library; they know nothing els
 - **Tokens per round** with {NODES} nodes of {FORWARDS} forwards on {count} held-back prefixes of {PREFIX} tokens, {TOKENS} new
   ones each: {brought}.
 - **Repetition**: {repetition:.1%} of the 8-grams in greedy text occurred before in the same text.
-- Numbers: `python tools/evaluate_demo.py`, float32 on a CPU.
+- Numbers: `python tools/evaluate_demo.py --no-card`, float32 on a CPU.
 """
 
 
