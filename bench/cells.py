@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+TURN = 0.01  # seconds: a server that has something to do takes less between two steps
 Window = tuple[float, float]
 Record = dict[str, Any]  # ttft (seconds), started, times [(when, tokens)], ids, speculation
 
@@ -48,6 +49,7 @@ def figures(waves: list[list[Record]], server: dict[str, Any], edges: list[dict[
     stepping = sum(e - b for b, e, _, _ in steps)
     inside = sum(overlap(b, e, spans) for b, e, _, _ in server["steps"])
     drafting = sum(overlap(b, e, spans) for b, e, _ in server["grows"])
+    turns = [gap for a, b in zip(steps, steps[1:], strict=False) if (gap := b[0] - a[1]) < TURN]  # where nobody was waited for
     verdicts = [v for s in steps for v in s[3]]
     came = sum(n for *_, n in verdicts)
     gaps = [b[0] - a[0] for r in records for a, b in zip(r["times"], r["times"][1:], strict=False)]
@@ -75,6 +77,7 @@ def figures(waves: list[list[Record]], server: dict[str, Any], edges: list[dict[
         "rows_per_step": statistics.mean(s[2] for s in steps) if steps else 0.0,
         "sessions_per_step": statistics.mean(len(s[3]) for s in steps) if steps else 0.0,
         "step_ms": statistics.median(e - b for b, e, _, _ in steps) * 1e3 if steps else float("nan"),
+        "turn_ms": statistics.median(turns) * 1e3 if turns else float("nan"),
         "hit_rate": sum(s["hits"] for s in spoken) / judged if judged else float("nan"),
         "single_guess_rate": sum(guesses) / len(guesses) if guesses else float("nan"),
         "server_idle": 1 - (inside + drafting) / length,

@@ -107,6 +107,7 @@ class World:
     row_overhead: float = 0.0
     forward_overhead: float = 0.001
     reaction: float = 0.0  # until an edge takes a verdict that has come
+    turn: float = 0.002  # between two steps, in which a server reads and sends: what it was in runs of 0.5 B with two edges
     temperature: float = 0.7
     pipeline: bool = True
     admission: bool = True
@@ -253,7 +254,7 @@ class Simulation:
             return
         self._serving = True
         self.steps.append((now, end, self._table.rows_run, len(verdicts)))
-        self._at(end, "served", (verdicts, end - now, self.engine.rows))
+        self._at(end + self.world.turn, "served", (verdicts, end - now, self.engine.rows))
 
     def _served(self, what: tuple[list[Verdict], float, int]) -> None:
         self._serving = False
@@ -412,7 +413,8 @@ def compare(path: Path, only: str) -> Iterator[str]:
         world = replace(
             world, rtt=middle(lambda x: x["round_ms"]["up"] + x["round_ms"]["down"]) / 1e3,
             step_overhead=middle(lambda x: x["step_ms"] / 1e3 - seconds(pace, round(x["rows_per_step"])) - row * x["rows_per_step"]),
-            row_overhead=row, reaction=middle(lambda x: x["round_ms"]["unseen at the edge"]) / 1e3,
+            row_overhead=row, turn=middle(lambda x: x.get("turn_ms") or 2.0) / 1e3,
+            reaction=middle(lambda x: x["round_ms"]["unseen at the edge"]) / 1e3,
             forward_overhead=middle(lambda x: x["forward_overhead_ms"]) / 1e3,
         )  # fmt: skip
         tokens, hits = middle(lambda x: x["tokens_per_round"]), middle(lambda x: x["hit_rate"])
