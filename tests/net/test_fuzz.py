@@ -19,7 +19,7 @@ import zmq
 from specedge.config import SamplingParams
 from specedge.net import wire
 from specedge.net.sessions import Peer, Sessions
-from specedge.net.wire import Cancel, Close, Draft, Error, Hello, Lease, Open, Prompt, Resume, Verdict, encode
+from specedge.net.wire import Cancel, Close, Draft, Error, Grown, Hello, Lease, Open, Prompt, Resume, Verdict, encode
 from specedge.tree import TokenTree
 from tests.helpers import check_empty, engine, random_tree
 from tests.net.test_server import CONTEXT, GREEDY, PROMPT, Raw, honest_edge, serving
@@ -38,10 +38,12 @@ def valid(rng: random.Random) -> bytes:
     tree = random_tree(np.random.default_rng(rng.randrange(50)), rng.choice([0, 1, 9, 30]), 0.5, [1, 2, 3], VOCAB)
     base, number = rng.choice([n, n, n + 1, rng.randrange(2**32)]), rng.choice([1, 2, rng.randrange(2**32)])
     sampling = wire.Sampling(rng.random(), rng.randrange(2**64))
+    parents = b"".join(rng.randrange(rng.choice([1, len(tree) + 1, 2**16])).to_bytes(2, "little") for _ in range(min(n, wire.GROWN)))
     messages: list[wire.Message] = [
         Open(session, ids, n, rng.choice([n, n, n, 1, n + 1]), sampling, [3], rng.choice([1, 9, 400])),
         Prompt(session, rng.choice([0, n, rng.randrange(2**32)]), ids),
-        Draft(session, number, base, wire.pack_ids(tree.tokens), tree.parents.tobytes(), rng.choice([0, 0, 60])),
+        Draft(session, number, base, wire.pack_ids(tree.tokens), tree.parents.tobytes(), rng.choice([0, 0, 60]), rng.choice([0, 0, 9, 255])),
+        Grown(session, number, rng.choice([1, len(tree) + 1, 2**16 - 1]), ids[: 4 * min(n, wire.GROWN)], parents, bytes(min(n, wire.GROWN))),
         Cancel(session), Close(session), Lease(session), Resume(session), Hello("fuzz", b""),
     ]  # fmt: skip
     return encode(rng.choice(messages))
