@@ -1,4 +1,4 @@
-# For everybody: `make demo` and `make test`. All but bench-gpu and clean make .venv first and install into it, a CPU build of torch; pip shows its progress.
+# For everybody: `make demo` and `make test`. All but bench-gpu and clean make .venv first, where it is not there, and install into it; pip shows its progress.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --disable-pip-version-check --constraint constraints.txt
