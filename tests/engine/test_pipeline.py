@@ -7,7 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from specedge.config import SamplingParams
 from specedge.engine.pipeline import HARD, Pipeline, Rhythm, Rule, Turn
+from specedge.engine.request import Account, Sequence
+from specedge.tree import EMPTY
 from tests.engine.test_admission import Known
 from tests.engine.test_cost import CPU, Law
 
@@ -125,6 +128,17 @@ def test_no_tree_waits_for_ever() -> None:
         p.rule, p._left, now = Rule(2, 2), 100, min(when, now + 0.05)
         always = [always[0], Turn(False, now + 0.1, steady)]
     assert now - start <= HARD + 0.05, "hope does not prolong it"
+
+
+def test_a_first_tree_is_played_with_the_usual_gap() -> None:
+    """Of a session whose own nobody knows yet, ready or not: as if it returned at once, groups would be made for nobody."""
+    s = Sequence([1, 2], 2, SamplingParams(seed=1), frozenset(), Account())
+    s.answered, s.tree = 1.0, EMPTY
+    ready = s.turn(1.0, 0.1)
+    s.tree = None
+    expected = s.turn(1.0, 0.1)
+    assert ready is not None and expected is not None and ready.ready and not expected.ready
+    assert ready.rhythm.gap == expected.rhythm.gap == 0.1
 
 
 def test_alone_nobody_waits() -> None:

@@ -229,6 +229,13 @@ def test_a_fair_share_leaves_nothing_that_anybody_wants(rows: int, wanted: list[
     assert sum(min(w, share) for w in wanted) == pytest.approx(min(rows, sum(wanted)))
 
 
+def test_a_lone_prompt_makes_no_step_that_keeps_a_greeting_waiting() -> None:
+    """Of passes of 1 s, and 10 ms more for each row behind the eighth, 108 rows take 2 s; a pass that takes longer in any case takes a few rows."""
+    for base, rows in ((1.0, 108), (0.02, 206), (3.0, LEAST)):
+        assert schedule([Want(9999, True)], 512, cost=Known((base, 0.01, 8, 0.0))) == [Grant(0, rows, False)]
+    assert schedule([Want(9999, True)], 512, cost=Known(GPU)) == [Grant(0, 512, False)]
+
+
 def test_batch_fills_the_rows_that_others_leave() -> None:
     gpu = Known(GPU)
     grants = schedule([Want(1, True, 255, batch=True), Want(1, True, 31)], 512, cost=gpu)
